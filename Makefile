@@ -1,0 +1,66 @@
+# Everything from a fresh clone: `make demo`, `make test`. Needs Python 3.11 or later and make.
+# Where packages come from is pip's own business: set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL,
+# for one to choose a torch without CUDA.
+
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.set-up
+MODEL := smollm2-135m-instruct
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python3.13 python3.14 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$p" && break; done)
+PYTEST := $(BIN)/python -m pytest -q
+
+.DEFAULT_GOAL := help
+.PHONY: help setup pull demo test test-fast check protos proto-check fmt fmt-check lint type imports chaos clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+setup: $(SETUP) ## Make .venv with everything in it
+
+$(SETUP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later on PATH" >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+pull: $(SETUP) ## Fetch the model of the demo and the tests
+	$(BIN)/kvrelay pull $(MODEL)
+
+demo: pull ## Start the three services, answer one question, show where the time went
+	$(BIN)/kvrelay demo --model $(MODEL)
+
+test: pull ## All tests that need no GPU
+	$(PYTEST)
+
+test-fast: $(SETUP) ## The tests that start no processes
+	$(PYTEST) tests/unit tests/contract -m 'not e2e and not realmodel'
+
+chaos: pull ## Only the tests that kill, stop or starve processes
+	$(PYTEST) -m chaos
+
+check: proto-check fmt-check lint type imports test-fast ## What must hold before a commit
+
+protos: $(SETUP) ## Write the stubs of protos/ into kvrelay/v1
+	protos/generate.sh
+
+proto-check: $(SETUP) ## The stubs are those of the protos, and the protos are clean
+	$(PYTEST) tests/contract/test_protos.py
+
+fmt: $(SETUP) ## Format the code
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+fmt-check: $(SETUP)
+	$(BIN)/ruff format --check .
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+
+type: $(SETUP)
+	$(BIN)/mypy
+
+imports: $(SETUP) ## Who may import whom
+	$(BIN)/lint-imports
+
+clean: ## Forget .venv and all caches; pulled models stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,168 @@
+"""The pool in motion: the registry's decisions, carried out on sessions and waiters.
+
+A worker is a member while three things hold: its `Join` stream lives, it is heard from
+within the suspicion time, and our session with it stands. Whichever ends first ends all.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from coordinator.convert import Work
+from coordinator.registry import Member, Registry
+from coordinator.router import Placement, Router, RouteRequest
+from coordinator.workers import Attempt, Inbox, Workers
+from kvrelay.clock import Clock
+from kvrelay.types import Role, WorkerIdentity, WorkerLoad
+
+log = structlog.get_logger(__name__)
+
+DEFAULT_BLOCK_SIZE = 16
+
+
+class Seat:
+    """A worker's membership; `expelled` is set when the pool ends it."""
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.expelled = asyncio.Event()
+
+
+class Pool:
+    """Owns who is in, who is told, and who waits for a change."""
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        router: Router,
+        workers: Workers,
+        clock: Clock,
+        on_change: Callable[[Sequence[Member]], None],
+    ) -> None:
+        self._registry = registry
+        self._router = router
+        self._workers = workers
+        self._clock = clock
+        self._on_change = on_change
+        self._seats: dict[tuple[str, str], Seat] = {}
+        self._changed = asyncio.Event()
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    def members(self) -> list[Member]:
+        """All members, prefill workers first."""
+        return list(self._registry)
+
+    def count(self, role: Role) -> int:
+        return len(self._registry.by_role(role))
+
+    @property
+    def block_size(self) -> int:
+        """Of the pool's KV layout, all members' being equal; a common one while there is none."""
+        for member in self._registry:
+            return member.identity.fingerprint.layout.block_size
+        return DEFAULT_BLOCK_SIZE
+
+    def join(self, identity: WorkerIdentity) -> Seat:
+        """Make a worker a member and open a session with it.
+
+        Raises:
+            Incompatible: see `Registry.join`.
+        """
+        replaced = self._registry.join(identity, self._clock.now())
+        if replaced is not None:
+            self._expel(replaced, "replaced")
+        member = self._registry.get(identity.worker_id, identity.epoch)
+        assert member is not None
+        seat = Seat(member)
+        self._seats[_key(member)] = seat
+        self._workers.add(member, on_end=lambda: self.leave(member, "session ended"))
+        log.info("pool.joined", worker_id=member.worker_id, role=identity.role.value)
+        self._notify()
+        return seat
+
+    def heard(self, member: Member, load: WorkerLoad) -> None:
+        """Note a heartbeat. A member that starts draining changes where requests may go."""
+        identity = member.identity
+        if self._registry.heard(identity.worker_id, identity.epoch, load, self._clock.now()):
+            self._notify()
+
+    def leave(self, member: Member, why: str) -> None:
+        """End a membership. Safe to repeat; its requests are placed again."""
+        if self._registry.leave(member.worker_id, member.identity.epoch) is not None:
+            self._expel(member, why)
+
+    def place(self, request: RouteRequest) -> Placement | None:
+        """Where the request goes now, or None while nothing suitable takes work."""
+        return self._router.place(request, self._registry)
+
+    def dispatch(
+        self, work: Work, placement: Placement, request: RouteRequest, inbox: Inbox
+    ) -> Attempt:
+        """Tell the chosen workers, and count the work as theirs until `settle`."""
+        self._router.placed(placement, request)
+        prefiller = placement.prefill or placement.decode
+        placement.decode.placed[_attempt(work)] = 0
+        prefiller.placed[_attempt(work)] = placement.num_prefill_tokens
+        return self._workers.dispatch(work, placement, inbox)
+
+    def prefilled(self, work: Work, placement: Placement) -> None:
+        """The prompt is computed: its tokens no longer stand before others."""
+        if placement.prefill is not None:
+            placement.prefill.placed.pop(_attempt(work), None)
+        else:
+            placement.decode.placed[_attempt(work)] = 0
+
+    def settle(self, work: Work, placement: Placement) -> None:
+        """The attempt is over, well or badly."""
+        for member in (placement.prefill, placement.decode):
+            if member is not None:
+                member.placed.pop(_attempt(work), None)
+
+    async def wait_change(self) -> None:
+        """Return when a worker joined, left or was heard."""
+        await self._changed.wait()
+
+    async def run(self) -> None:
+        """Expel members that fall silent. Ends when cancelled."""
+        while True:
+            suspicion_s = self._registry.next_suspicion_s()
+            wait_s = None if suspicion_s is None else max(0.0, suspicion_s - self._clock.now())
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self.wait_change()
+            except TimeoutError:
+                for member in self._registry.silent(self._clock.now()):
+                    self.leave(member, "silent")
+
+    async def close(self) -> None:
+        """End every membership and session."""
+        for member in self.members():
+            self.leave(member, "coordinator stops")
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+        await self._workers.close()
+
+    def _expel(self, member: Member, why: str) -> None:
+        log.info("pool.left", worker_id=member.worker_id, why=why)
+        self._router.forget(member.worker_id)
+        seat = self._seats.pop(_key(member), None)
+        if seat is not None:
+            seat.expelled.set()
+        task = asyncio.create_task(self._workers.remove(member))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        self._notify()
+
+    def _notify(self) -> None:
+        self._on_change(self.members())
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _key(member: Member) -> tuple[str, str]:
+    return (member.worker_id, member.identity.epoch)
+
+
+def _attempt(work: Work) -> tuple[str, int]:
+    return (work.request_id, work.attempt)

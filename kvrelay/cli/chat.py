@@ -1,0 +1,77 @@
+"""`kvrelay chat`: a conversation. All of it is sent at every turn; the prefix index remembers."""
+
+import asyncio
+import readline
+import signal
+from typing import Annotated
+
+import typer
+
+from kvrelay.cli import target
+from kvrelay.cli.generate import DEFAULT_MAX_TOKENS, MAX_U32, Answer, stream
+from kvrelay.client import Client, GenerateOptions, Message
+from kvrelay.errors import InvalidRequest, PeerUnavailable, ServingError
+
+_HELP = "/reset forgets the conversation, /quit leaves, Ctrl-C stops an answer."
+
+
+def chat(
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=MAX_U32, help="Most tokens of one answer.")
+    ] = DEFAULT_MAX_TOKENS,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 always takes the likeliest token.")
+    ] = None,
+    address: target.Target = target.DEFAULT,
+) -> None:
+    """Talk with the model."""
+    readline.set_history_length(1000)
+    options = GenerateOptions(max_tokens=max_tokens, temperature=temperature)
+    target.run(address, _chat(address, system, options))
+
+
+async def _chat(address: str, system: str | None, options: GenerateOptions) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # at the prompt, Ctrl-C leaves
+    opening = [Message("system", system)] if system else []
+    turns = list(opening)
+    async with Client(address) as client:
+        await client.pool(timeout_s=target.ANSWER_WITHIN_S)  # a dead target is told at once
+        typer.echo(_HELP, err=True)
+        while (said := _read()) is not None:
+            if said == "/reset":
+                turns = list(opening)
+            elif said == "/quit":
+                return
+            elif said:
+                turns = await _turn(client, [*turns, Message("user", said)], options)
+
+
+def _read() -> str | None:
+    """The next line; None at the end of input. Blocks the loop, which has nothing else to do."""
+    try:
+        return input("> ").encode(errors="surrogateescape").decode(errors="replace").strip()
+    except EOFError:
+        typer.echo(err=True)
+        return None
+
+
+async def _turn(client: Client, turns: list[Message], options: GenerateOptions) -> list[Message]:
+    """Answer the last of `turns`; returns the conversation to go on from."""
+    answering = asyncio.create_task(stream(client, turns, options))
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, answering.cancel)
+    try:
+        await asyncio.wait({answering})
+        answer: Answer = answering.result()
+    except asyncio.CancelledError:
+        return turns[:-1]
+    except PeerUnavailable:
+        raise
+    except ServingError as error:
+        hint = "; try /reset" if isinstance(error, InvalidRequest) else ""
+        typer.echo(f"error: {error}{hint}", err=True)
+        return turns[:-1]
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+    return [*turns, Message("assistant", answer.text)]

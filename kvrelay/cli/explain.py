@@ -1,0 +1,29 @@
+"""`kvrelay explain`: where the time of a past request went."""
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvrelay.cli import render, target
+from kvrelay.client import Client
+
+
+def explain(
+    request_id: Annotated[str, typer.Argument(help="From `generate --json`, or from a log.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
+    address: target.Target = target.DEFAULT,
+) -> None:
+    """Show the ledger of a request that ended lately."""
+    target.run(address, _explain(address, request_id, as_json=as_json))
+
+
+async def _explain(address: str, request_id: str, *, as_json: bool) -> None:
+    async with Client(address) as client:
+        ledger = await client.explain(request_id, timeout_s=target.ANSWER_WITHIN_S)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(ledger)))
+    else:
+        Console().print(render.ledger(ledger))

@@ -1,0 +1,173 @@
+"""`kvrelay generate`: one prompt in, text out as it comes."""
+
+import dataclasses
+import json
+import sys
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvrelay.cli import render, target
+from kvrelay.client import (
+    Client,
+    Delta,
+    Event,
+    Finished,
+    GenerateOptions,
+    Message,
+    Started,
+)
+
+MAX_U32 = 2**32 - 1
+MAX_U64 = 2**64 - 1
+DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(slots=True)
+class Answer:
+    """What has arrived so far."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    started: Started | None = None
+    finished: Finished | None = None
+
+    def add(self, event: Event) -> str:
+        """Take an event; returns the text it brought."""
+        match event:
+            case Started():
+                self.started = event
+            case Delta(token_ids=token_ids, text=text):
+                self.token_ids += token_ids
+                self.text += text
+                return text
+            case Finished():
+                self.finished = event
+        return ""
+
+    def to_json(self) -> dict[str, object]:
+        """Everything, for machines."""
+        assert self.started is not None, "a stream without a start"
+        assert self.finished is not None, "a stream without an end"
+        return {
+            "request_id": self.started.request_id,
+            "seed": self.started.seed,
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finished.reason.value,
+            "usage": dataclasses.asdict(self.finished.usage),
+            "ledger": ledger_json(self.finished),
+        }
+
+
+def ledger_json(finished: Finished) -> dict[str, object]:
+    """The ledger as plain JSON values."""
+    return dataclasses.asdict(finished.ledger)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to answer; `-` reads it from stdin.")],
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it stands, without chat template.")
+    ] = False,
+    max_tokens: Annotated[
+        int, typer.Option(min=0, max=MAX_U32, help="Most tokens to generate.")
+    ] = DEFAULT_MAX_TOKENS,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 always takes the likeliest token.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, max=MAX_U32, help="Keep the k likeliest tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens less likely than this times the likeliest.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MAX_U64, help="Same seed, same tokens.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one object at the end instead of text.")
+    ] = False,
+    with_ledger: Annotated[
+        bool, typer.Option("--ledger", help="Show where the time went, after the text.")
+    ] = False,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.001, metavar="S", help="Give up after this many seconds.")
+    ] = None,
+    address: target.Target = target.DEFAULT,
+) -> None:
+    """Generate from a prompt and stream the text."""
+    text = read_prompt(prompt)
+    options = GenerateOptions(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    wanted = text if raw else [Message("user", text)]
+    main = _generate(
+        address, wanted, options, timeout_s=timeout, as_json=as_json, with_ledger=with_ledger
+    )
+    target.run(address, main)
+
+
+async def _generate(
+    address: str,
+    prompt: str | list[Message],
+    options: GenerateOptions,
+    *,
+    timeout_s: float | None,
+    as_json: bool,
+    with_ledger: bool,
+) -> None:
+    async with Client(address) as client:
+        answer = await stream(client, prompt, options, timeout_s=timeout_s, is_silent=as_json)
+    if as_json:
+        typer.echo(json.dumps(answer.to_json(), ensure_ascii=False))
+    elif with_ledger and answer.finished is not None:
+        Console().print(render.ledger(answer.finished.ledger))
+
+
+async def stream(
+    client: Client,
+    prompt: str | list[Message],
+    options: GenerateOptions,
+    *,
+    timeout_s: float | None = None,
+    is_silent: bool = False,
+) -> Answer:
+    """Generate, writing text to stdout as it comes, and return the whole."""
+    answer = Answer()
+    async with aclosing(client.generate(prompt, options, timeout_s=timeout_s)) as events:
+        try:
+            async for event in events:
+                if (text := answer.add(event)) and not is_silent:
+                    sys.stdout.write(text)
+                    sys.stdout.flush()
+        finally:
+            if answer.text and not is_silent:
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+    return answer
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, from stdin if it is `-`; ends the command if it is not UTF-8."""
+    as_given = prompt.encode(errors="surrogateescape")  # the bytes the shell gave us
+    data = sys.stdin.buffer.read() if prompt == "-" else as_given
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        return target.fail(f"PROMPT is not UTF-8: byte {error.start} of {len(data)} is wrong")

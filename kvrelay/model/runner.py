@@ -1,0 +1,248 @@
+"""One step of the model on the CPU: rows in, KV written, tokens out.
+
+1. Generated tokens come first, longest first, then each run of prompt tokens, as one list
+   of rows; index tensors are made once and serve every layer.
+2. In each layer the KV of all rows is written before any row attends, so rows of one
+   sequence may see each other, each up to its own position.
+3. Only the last row of a run that samples reaches the head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kvrelay.engine import batch as engine_batch
+from kvrelay.engine.batch import Rows
+from kvrelay.kv.cache import TORCH_DTYPES, KvCache
+from kvrelay.kv.layout import KvLayout
+from kvrelay.model import layers
+from kvrelay.model.attention import (
+    GenerationPlan,
+    PagedAttention,
+    PromptPlan,
+    num_tiles_seen,
+    slots_of,
+)
+from kvrelay.model.llama import Llama
+from kvrelay.model.sampler import sample
+from kvrelay.model.spec import ModelSpec, read_spec
+from kvrelay.model.weights import Weights, load_weights
+from kvrelay.types import BlockId, SamplingParams
+
+NUMERICS_VERSION = 1
+"""Grows when the same weights and tokens would give other bits than before."""
+
+WARM_UP_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """The rows of one step and everything the layers share."""
+
+    token_ids: torch.Tensor  # [num_padded], int64
+    positions: torch.Tensor  # [num_padded], int64
+    num_rows: int
+    write_slots: torch.Tensor  # [num_rows * 2]
+    generation: GenerationPlan | None
+    prompts: tuple[PromptPlan, ...]
+    last_row: tuple[int, ...]
+    """Where the last row of each of the batch's `Rows` is."""
+
+
+class LlamaRunner:
+    """Implements `kvrelay.engine.batch.Runner` on the CPU. Used from one thread."""
+
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, cache: KvCache, *, num_threads: int
+    ) -> None:
+        num_slots = cache.num_blocks * cache.layout.block_size
+        self.spec = spec
+        self.layout = cache.layout
+        self.numerics = numerics_name(cache.layout.dtype)
+        self._model = Llama(
+            spec, weights, num_positions=min(spec.max_position_embeddings, num_slots)
+        )
+        self._attention = PagedAttention(spec, cache)
+        self._num_blocks = cache.num_blocks
+        self._dtype = weights.dtype
+        assert TORCH_DTYPES[cache.layout.dtype] == self._dtype
+        torch.set_num_threads(num_threads)
+
+    @torch.inference_mode()
+    def step(self, batch: Sequence[Rows]) -> list[int | None]:
+        """See `Runner.step`.
+
+        Raises:
+            FloatingPointError: logits of rows that sample are not finite.
+        """
+        rows = [i for i, run in enumerate(batch) if run.sample is not None]
+        logits = self._logits(batch, rows)
+        params = [p for p in (run.sample for run in batch) if p is not None]
+        positions = [batch[i].start + len(batch[i].token_ids) for i in rows]
+        sampled = dict(zip(rows, sample(logits, params, positions), strict=True))
+        return [sampled.get(i) for i in range(len(batch))]
+
+    @torch.inference_mode()
+    def step_logits(self, batch: Sequence[Rows]) -> torch.Tensor:
+        """As `step`, but the logits of every run's last row: [len(batch), vocab_size]."""
+        return self._logits(batch, range(len(batch)))
+
+    def warm_up(self) -> None:
+        """Run tiny steps through both paths, so that the first request finds the code warm.
+
+        Writes to the first blocks, so call it before they hold anything.
+        """
+        num_blocks = self.layout.num_blocks_for(WARM_UP_ROWS)
+        num_blocks = min(num_blocks, self._num_blocks)
+        num_rows = min(WARM_UP_ROWS, num_blocks * self.layout.block_size) - 1
+        table = [BlockId(i) for i in range(num_blocks)]
+        params = SamplingParams(temperature=1.0)
+        if num_rows > 0:
+            self.step([_rows(engine_batch.Path.PROMPT, (0,) * num_rows, 0, table, params)])
+        self.step([_rows(engine_batch.Path.GENERATION, (0,), num_rows, table, params)])
+
+    def _logits(self, batch: Sequence[Rows], indexes: Sequence[int]) -> torch.Tensor:
+        """Float32 logits of the last row of each of `indexes`, its KV and all others' written."""
+        if not batch:
+            return torch.empty(0, self.spec.vocab_size)
+        plan = self._plan(batch)
+        hidden = self._model.hidden(plan.token_ids, plan.positions, _Paged(self._attention, plan))
+        if not indexes:
+            return torch.empty(0, self.spec.vocab_size)
+        wanted = [plan.last_row[i] for i in indexes]
+        wanted += wanted[:1] * (layers.padded_rows(len(wanted), self._dtype) - len(wanted))
+        logits = self._model.logits(hidden.index_select(0, torch.tensor(wanted)))
+        return _finite(logits[: len(indexes)])
+
+    def _plan(self, batch: Sequence[Rows]) -> StepPlan:
+        token_ids: list[int] = []
+        slots: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
+        positions: list[int] = []
+        last_row = [0] * len(batch)
+
+        generated = [
+            (run.start + offset, i, offset)
+            for i, run in enumerate(batch)
+            if run.path is engine_batch.Path.GENERATION
+            for offset in range(len(run.token_ids))
+        ]
+        generated.sort(key=lambda row: num_tiles_seen(row[0]), reverse=True)
+        tables: list[Sequence[int]] = []
+        for position, i, offset in generated:
+            if offset == len(batch[i].token_ids) - 1:
+                last_row[i] = len(token_ids)
+            token_ids.append(batch[i].token_ids[offset])
+            positions.append(position)
+            tables.append(batch[i].block_table)
+        generation = self._attention.plan_generation(tables, positions) if generated else None
+        slots += [
+            slots_of(self.layout, table, np.asarray([position]))
+            for table, position in zip(tables, positions, strict=True)
+        ]
+
+        prompts: list[PromptPlan] = []
+        for i, run in enumerate(batch):
+            if run.path is not engine_batch.Path.PROMPT:
+                continue
+            num_rows = len(run.token_ids)
+            prompts.append(
+                self._attention.plan_prompt(
+                    run.block_table, start=run.start, num_rows=num_rows, first=len(token_ids)
+                )
+            )
+            run_positions = np.arange(run.start, run.start + num_rows)
+            slots.append(slots_of(self.layout, run.block_table, run_positions))
+            token_ids += run.token_ids
+            positions += run_positions.tolist()
+            last_row[i] = len(token_ids) - 1
+
+        num_rows = len(token_ids)
+        padding = [0] * (layers.padded_rows(num_rows, self._dtype) - num_rows)
+        return StepPlan(
+            token_ids=torch.tensor(token_ids + padding),
+            positions=torch.tensor(positions + padding),
+            num_rows=num_rows,
+            write_slots=self._attention.write_slots(np.concatenate(slots)),
+            generation=generation,
+            prompts=tuple(prompts),
+            last_row=tuple(last_row),
+        )
+
+
+class _Paged:
+    """`Attend` for one step."""
+
+    def __init__(self, attention: PagedAttention, plan: StepPlan) -> None:
+        self._attention = attention
+        self._plan = plan
+
+    def __call__(self, layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        plan = self._plan
+        self._attention.write(layer, plan.write_slots, kv[: plan.num_rows])
+        parts: list[torch.Tensor] = []
+        if plan.generation is not None:
+            rows = q[: plan.generation.num_rows]
+            parts.append(self._attention.generation(layer, rows, plan.generation))
+        parts += [
+            self._attention.prompt(layer, q[prompt.first : prompt.last], prompt)
+            for prompt in plan.prompts
+        ]
+        if plan.num_rows < len(q):
+            parts.append(torch.zeros_like(q[plan.num_rows :]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def load_runner(
+    model_dir: str | Path,
+    *,
+    dtype: str,
+    block_size: int,
+    num_blocks: int,
+    num_threads: int,
+    shareable: bool,
+) -> tuple[LlamaRunner, KvCache, KvLayout]:
+    """Everything one worker computes with. The caller closes the cache.
+
+    Raises:
+        ModelInvalid: see `read_spec` and `load_weights`.
+    """
+    spec = read_spec(model_dir)
+    layout = layout_of(spec, dtype=dtype, block_size=block_size)
+    weights = load_weights(model_dir, spec, dtype=TORCH_DTYPES[dtype])
+    cache = KvCache(layout, num_blocks, shareable=shareable)
+    return LlamaRunner(spec, weights, cache, num_threads=num_threads), cache, layout
+
+
+def layout_of(spec: ModelSpec, *, dtype: str, block_size: int) -> KvLayout:
+    return KvLayout(
+        num_layers=spec.num_layers,
+        block_size=block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=dtype,
+    )
+
+
+def numerics_name(dtype: str) -> str:
+    """Names the numeric paths of this runner: equal names and inputs, equal bits."""
+    return f"cpu-{dtype}-v{NUMERICS_VERSION}"
+
+
+def _rows(
+    path: engine_batch.Path,
+    token_ids: tuple[int, ...],
+    start: int,
+    table: Sequence[BlockId],
+    params: SamplingParams,
+) -> Rows:
+    return Rows(path=path, token_ids=token_ids, start=start, block_table=table, sample=params)
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    bad = int((~torch.isfinite(logits).all(dim=-1)).sum())
+    if bad:
+        raise FloatingPointError(f"logits of {bad} of {len(logits)} rows are not finite")
+    return logits

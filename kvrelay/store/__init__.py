@@ -1,0 +1,1 @@
+"""Models on disk: pulled from anywhere, converted once, checked when opened."""

@@ -1,0 +1,164 @@
+"""A whole deployment on this machine, from the first process to the last.
+
+1. The coordinator starts; it says where it listens.
+2. The workers start and join it.
+3. It is ready when the coordinator serves, that is, when a canary crossed the pool.
+4. Whatever dies is started again under its name; the coordinator keeps its addresses.
+5. Draining: the coordinator first, so that it finishes its streams, then the workers.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvrelay.client import Client, Pool
+from kvrelay.clock import Clock
+from kvrelay.errors import PeerUnavailable
+from kvrelay.supervise.backoff import Backoff
+from kvrelay.supervise.child import Address
+from kvrelay.supervise.keeper import Event, Keeper
+from kvrelay.supervise.logs import LogFile
+from kvrelay.supervise.topology import Topology
+
+_GRACE_S = 3.0
+"""Beyond its own drain limit, before a process is killed."""
+
+_WORKER_DRAIN_S = 10.0
+"""Workers have nothing left to do once the coordinator is gone."""
+
+
+class PortTaken(Exception):
+    """Something else listens where the coordinator was to."""
+
+    def __init__(self, address: str, flag: str) -> None:
+        super().__init__(f"{address} is taken; choose another port with {flag}, or 0 for any")
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A deployment that answers."""
+
+    address: Address
+    num_prefill: int
+    num_decode: int
+
+    def __str__(self) -> str:
+        pools = f"prefill={self.num_prefill} decode={self.num_decode}"
+        return f"ready grpc={self.address.grpc} http={self.address.http} {pools}"
+
+
+class Deployment:
+    """Owns the processes: after `drain` none is left, whatever happened before."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        listen: str,
+        http_listen: str,
+        log_dir: Path,
+        clock: Clock,
+        jitter: Callable[[], float],
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self._topology = topology
+        self._listen = listen
+        self._http_listen = http_listen
+        self._log_dir = log_dir
+        self._clock = clock
+        self._jitter = jitter
+        self._on_event = on_event
+        self._workers: list[Keeper] = []
+        self._coordinator = self._keeper("coordinator", self._coordinator_argv)
+
+    async def start(self) -> Ready:
+        """Start everything and wait until it serves.
+
+        Raises:
+            PortTaken: nothing was started.
+            ProcessFailed: a process could not be brought up; `drain` ends the others.
+        """
+        _refuse_taken(self._listen, "--grpc-port")
+        _refuse_taken(self._http_listen, "--http-port")
+        self._coordinator.start()
+        address = await self._coordinator.listening()
+        self._listen, self._http_listen = address.grpc, address.http
+        for role, i in self._topology.workers:
+            self._start_worker(role, i, coordinator=address.grpc)
+        pool = await self._unless_failed(_serving(address.grpc))
+        for keeper in (self._coordinator, *self._workers):
+            keeper.trust()
+        roles = [member.identity.role.value for member in pool.members]
+        return Ready(address, roles.count("prefill"), roles.count("decode"))
+
+    async def drain(self) -> bool:
+        """Let it finish what it has and end it; False if something had to be killed."""
+        drain_s = self._topology.drain_s
+        was_clean = await self._coordinator.stop(timeout_s=drain_s + _GRACE_S)
+        limit_s = min(drain_s, _WORKER_DRAIN_S) + _GRACE_S
+        stops = [keeper.stop(timeout_s=limit_s) for keeper in self._workers]
+        return all([was_clean, *await asyncio.gather(*stops)])
+
+    def kill(self) -> None:
+        """End every process at once; a `drain` under way then returns soon."""
+        for keeper in (self._coordinator, *self._workers):
+            keeper.kill()
+
+    def _start_worker(self, role: str, index: int, *, coordinator: str) -> None:
+        argv = self._topology.worker(role, index, coordinator=coordinator)
+        keeper = self._keeper(f"{role}-{index}", lambda: argv)
+        self._workers.append(keeper)
+        keeper.start()
+
+    def _coordinator_argv(self) -> tuple[str, ...]:
+        return self._topology.coordinator(listen=self._listen, http_listen=self._http_listen)
+
+    def _keeper(self, name: str, argv: Callable[[], tuple[str, ...]]) -> Keeper:
+        return Keeper(
+            name=name,
+            argv=argv,
+            log=LogFile(self._log_dir / f"{name}.log"),
+            backoff=Backoff(jitter=self._jitter),
+            clock=self._clock,
+            on_event=self._on_event,
+        )
+
+    async def _unless_failed(self, work: Coroutine[None, None, Pool]) -> Pool:
+        """The result of `work`, or the failure of the first process that gives up."""
+        keepers = (self._coordinator, *self._workers)
+        tasks = {asyncio.create_task(keeper.failed()) for keeper in keepers}
+        task = asyncio.create_task(work)
+        try:
+            done, _ = await asyncio.wait({task, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            for failed in done - {task}:
+                failed.result()
+            return task.result()
+        finally:
+            for each in (task, *tasks):
+                each.cancel()
+            await asyncio.gather(task, *tasks, return_exceptions=True)
+
+
+async def _serving(target: str) -> Pool:
+    """The pool, once the coordinator serves; it may die and come back meanwhile."""
+    while True:
+        async with Client(target) as client, aclosing(client.watch_serving()) as states:
+            try:
+                async for is_serving in states:
+                    if is_serving:
+                        return await client.pool()
+            except PeerUnavailable:
+                continue  # the next watch waits for the connection
+
+
+def _refuse_taken(address: str, flag: str) -> None:
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            raise PortTaken(address, flag) from error

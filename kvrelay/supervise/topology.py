@@ -1,0 +1,62 @@
+"""Which processes make a deployment, and their command lines.
+
+Pure: the services' settings are the interface, nothing of them is imported.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """One coordinator and two pools on this machine. None means: the service's default."""
+
+    model: Path
+    num_prefill: int = 1
+    num_decode: int = 1
+    num_threads: int = 1
+    """Of each worker."""
+
+    transport: str = "auto"
+    disaggregate: str = "auto"
+    dtype: str | None = None
+    block_size: int | None = None
+    num_blocks: int | None = None
+    drain_s: float = 30.0
+
+    def coordinator(self, *, listen: str, http_listen: str) -> tuple[str, ...]:
+        """Arguments to Python that start the coordinator."""
+        return (
+            *("-m", "coordinator", "--model", str(self.model)),
+            *("--listen", listen, "--http-listen", http_listen),
+            *("--disaggregate", self.disaggregate),
+            *("--expect-prefill", str(self.num_prefill)),
+            *("--expect-decode", str(self.num_decode)),
+            *("--drain-s", str(self.drain_s)),
+        )
+
+    def worker(self, role: str, index: int, *, coordinator: str) -> tuple[str, ...]:
+        """Arguments to Python that start worker number `index` of `role`."""
+        optional = {
+            "--dtype": self.dtype,
+            "--block-size": self.block_size,
+            "--num-blocks": self.num_blocks,
+        }
+        return (
+            *("-m", f"{role}_svc", "--model", str(self.model), "--coordinator", coordinator),
+            *("--worker-id", f"{role}-{index}", "--listen", "127.0.0.1:0"),
+            *("--threads", str(self.num_threads), "--transport", self.transport),
+            *("--drain-s", str(self.drain_s)),
+            *(word for flag, v in optional.items() if v is not None for word in (flag, str(v))),
+        )
+
+    @property
+    def workers(self) -> tuple[tuple[str, int], ...]:
+        """Role and index of each worker."""
+        pools = (("prefill", self.num_prefill), ("decode", self.num_decode))
+        return tuple((role, i) for role, count in pools for i in range(count))
+
+
+def threads_of_each(num_cores: int, num_workers: int) -> int:
+    """Threads of a worker that shares the machine with the others."""
+    return max(1, num_cores // max(1, num_workers))

@@ -1,0 +1,27 @@
+"""Which transports a worker runs, by the name of the setting."""
+
+from typing import Literal
+
+from kvrelay.config import TlsFiles
+from kvrelay.transfer.base import KvTransport
+from kvrelay.transfer.shm import ShmTransport
+from kvrelay.transfer.stream import StreamTransport
+
+TransportChoice = Literal["auto", "shm", "stream"]
+
+
+def build_transports(
+    choice: TransportChoice, *, worker_id: str, epoch: str, tls: TlsFiles | None = None
+) -> tuple[KvTransport, ...]:
+    """The transports of one worker, unregistered, the preferred one first.
+
+    `auto` has all of them, and each pair of workers uses the best it has in common. A name
+    has that one alone; `shm` then serves only workers of the same host.
+    """
+    transports: list[KvTransport] = []
+    if choice in ("auto", "shm"):
+        transports.append(ShmTransport(worker_id=worker_id, epoch=epoch))
+    if choice in ("auto", "stream"):
+        transports.append(StreamTransport(worker_id=worker_id, tls=tls))
+    assert transports, choice
+    return tuple(transports)

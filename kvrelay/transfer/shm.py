@@ -1,0 +1,204 @@
+"""KV between processes of one host: the puller maps the holder's memory and copies from it.
+
+1. `register` serves the descriptor of our own cache (`shm_serve`).
+2. The first pull from a peer maps that peer's cache, read-only (`shm_map`).
+3. A pull is then one copy per run of neighbouring blocks, in a thread of its own.
+"""
+
+import asyncio
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvrelay.clock import Clock, MonotonicClock
+from kvrelay.errors import KvCorrupt, PeerUnavailable
+from kvrelay.kv.cache import KvCache
+from kvrelay.transfer import manifest
+from kvrelay.transfer.base import BlockCopy, PullStats, RemoteHold
+from kvrelay.transfer.host import host_identity
+from kvrelay.transfer.shm_map import PeerMemories, PeerMemory
+from kvrelay.transfer.shm_serve import DescriptorServer
+from kvrelay.types import TransportOffer
+
+_RUN_NUM_BYTES = 8 << 20
+"""Most bytes copied between two looks at whether the pull is still wanted; below 1 ms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`num_blocks` neighbours at the holder that become neighbours here."""
+
+    source: int
+    target: int
+    num_blocks: int
+
+
+def runs_of(copies: Sequence[BlockCopy], *, max_blocks: int) -> list[Run]:
+    """`copies` in order, neighbours on both sides joined, at most `max_blocks` in a run."""
+    runs: list[Run] = []
+    for copy in copies:
+        last = runs[-1] if runs else None
+        if (
+            last is not None
+            and last.num_blocks < max_blocks
+            and copy.source == last.source + last.num_blocks
+            and copy.target == last.target + last.num_blocks
+        ):
+            runs[-1] = Run(last.source, last.target, last.num_blocks + 1)
+        else:
+            runs.append(Run(copy.source, copy.target, 1))
+    return runs
+
+
+class ShmTransport:
+    """See `KvTransport`. For processes of one user on one host, in one network namespace."""
+
+    name = "shm"
+
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        epoch: str,
+        max_peers: int = 64,
+        connect_timeout_s: float = 2.0,
+        clock: Clock | None = None,
+    ) -> None:
+        self._worker_id = worker_id
+        self._epoch = epoch
+        self._max_peers = max_peers
+        self._connect_timeout_s = connect_timeout_s
+        self._clock = clock or MonotonicClock()
+        self._host = host_identity()
+        self._registered: _Registered | None = None
+        self._stops: set[threading.Event] = set()
+        self._is_closed = False
+
+    def register(self, cache: KvCache) -> None:
+        """`cache` must be shareable."""
+        assert self._registered is None, "registered twice"
+        assert cache.fd is not None, "the cache is not shareable"
+        said = manifest.CacheManifest(
+            worker_id=self._worker_id,
+            epoch=self._epoch,
+            layout=cache.layout,
+            num_blocks=cache.num_blocks,
+        )
+        self._registered = _Registered(
+            layout_num_bytes=cache.layout.block_num_bytes,
+            blocks=cache.tensor.view(torch.uint8).view(cache.num_blocks, -1).numpy(),
+            server=DescriptorServer(cache.fd, manifest.encode(said), max_peers=self._max_peers),
+            peers=PeerMemories(
+                cache.layout,
+                max_peers=self._max_peers,
+                connect_timeout_s=self._connect_timeout_s,
+            ),
+            executor=ThreadPoolExecutor(1, thread_name_prefix="kv-shm-copy"),
+        )
+
+    def describe(self) -> TransportOffer:
+        return TransportOffer(name=self.name, address=self._here.server.address, host=self._host)
+
+    def can_pull(self, offer: TransportOffer) -> bool:
+        return offer.name == self.name and offer.host == self._host
+
+    async def pull(self, remote: RemoteHold, copies: Sequence[BlockCopy]) -> PullStats:
+        """Also raises `KvCorrupt` and `Incompatible`, for a holder that describes its memory
+        wrongly or lays it out otherwise. Whether the hold lasted is left to `Release`.
+        """
+        here = self._here
+        assert all(0 <= copy.target < len(here.blocks) for copy in copies)
+        started = self._clock.now()
+        async with here.peers.use(remote) as memory:
+            _check_sources(memory, copies, remote)
+            is_whole = await self._copy(memory, copies)
+            if not is_whole or not memory.is_alive():
+                raise PeerUnavailable(f"holder {remote.worker_id} or we went away during a pull")
+        return PullStats(
+            num_bytes=len(copies) * here.layout_num_bytes,
+            elapsed_s=self._clock.now() - started,
+        )
+
+    async def close(self) -> None:
+        """Pulls under way end with `PeerUnavailable`. Waits for at most one run's copy."""
+        self._is_closed = True
+        here, self._registered = self._registered, None
+        if here is None:
+            return
+        for stop in self._stops:
+            stop.set()
+        here.executor.shutdown()
+        here.peers.retire_all()
+        here.server.close()
+
+    @property
+    def _here(self) -> "_Registered":
+        if self._is_closed:
+            raise PeerUnavailable("the shm transport is closed")
+        assert self._registered is not None, "not registered"
+        return self._registered
+
+    async def _copy(self, memory: PeerMemory, copies: Sequence[BlockCopy]) -> bool:
+        """Whether all was copied. When this returns or raises, nothing is being copied."""
+        here = self._here
+        max_blocks = max(1, _RUN_NUM_BYTES // here.layout_num_bytes)
+        stop = threading.Event()
+        self._stops.add(stop)
+        copying = asyncio.get_running_loop().run_in_executor(
+            here.executor,
+            _copy_runs,
+            memory,
+            here.blocks,
+            runs_of(copies, max_blocks=max_blocks),
+            stop,
+        )
+        try:
+            return await asyncio.shield(copying)
+        except asyncio.CancelledError:
+            stop.set()
+            while not copying.done():  # however often we are cancelled: the thread still writes
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([copying])
+            raise
+        finally:
+            self._stops.discard(stop)
+
+
+@dataclass(frozen=True, slots=True)
+class _Registered:
+    """What exists between `register` and `close`."""
+
+    layout_num_bytes: int
+    blocks: npt.NDArray[np.uint8]
+    server: DescriptorServer
+    peers: PeerMemories
+    executor: ThreadPoolExecutor
+
+
+def _check_sources(memory: PeerMemory, copies: Sequence[BlockCopy], remote: RemoteHold) -> None:
+    for copy in copies:
+        if not 0 <= copy.source < memory.num_blocks:
+            raise KvCorrupt(
+                f"block {copy.source} announced by {remote.worker_id}, "
+                f"which has {memory.num_blocks}"
+            )
+
+
+def _copy_runs(
+    memory: PeerMemory, target: npt.NDArray[np.uint8], runs: Iterable[Run], stop: threading.Event
+) -> bool:
+    for run in runs:
+        if stop.is_set():
+            return False
+        # numpy lets go of the interpreter for the length of each copy.
+        np.copyto(
+            target[run.target : run.target + run.num_blocks],
+            memory.blocks[run.source : run.source + run.num_blocks],
+        )
+    return True

@@ -1,0 +1,213 @@
+"""The mapped memories of peers: at most so many, each only for as long as its holder lives."""
+
+import asyncio
+import fcntl
+import mmap
+import os
+import socket
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from kvrelay.errors import HandoffLost, Incompatible, KvCorrupt, PeerUnavailable
+from kvrelay.kv.layout import KvLayout
+from kvrelay.transfer import manifest
+from kvrelay.transfer.base import RemoteHold
+from kvrelay.transfer.shm_serve import ADDRESS_PREFIX, peer_uid
+
+_MAX_ADDRESS_CHARS = 100
+
+log = structlog.get_logger(__name__)
+
+
+class PeerMemory:
+    """One peer's cache, mapped read-only, and the connection that proves the peer alive."""
+
+    def __init__(self, connection: socket.socket, fd: int, num_blocks: int, num_bytes: int) -> None:
+        self.num_users = 0
+        self.is_retired = False
+        self.num_blocks = num_blocks
+        self._connection = connection
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._map = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        self._blocks: npt.NDArray[np.uint8] | None
+        self._blocks = np.frombuffer(self._map, np.uint8).reshape(num_blocks, -1)
+
+    @property
+    def blocks(self) -> npt.NDArray[np.uint8]:
+        """[num_blocks, block_num_bytes]; no reference to it may outlive `close`."""
+        assert self._blocks is not None, "the mapping is closed"
+        return self._blocks
+
+    def is_alive(self) -> bool:
+        """Whether the holder still serves this memory."""
+        try:
+            self._connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False  # closed; or it spoke, which a holder never does
+
+    def watch(self, on_gone: Callable[[], None]) -> None:
+        """Call `on_gone` in the event loop once the holder is gone, unless closed before."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._connection, on_gone)
+
+    def unwatch(self) -> None:
+        if self._loop is not None:
+            self._loop.remove_reader(self._connection)
+            self._loop = None
+
+    def close(self) -> None:
+        self.unwatch()
+        self._blocks = None
+        self._map.close()
+        self._connection.close()
+
+
+class PeerMemories:
+    """Mappings by (worker_id, epoch), the least recently used unmapped first.
+
+    A memory in use is never unmapped: it is retired, and its last user closes it.
+    """
+
+    def __init__(self, layout: KvLayout, *, max_peers: int, connect_timeout_s: float) -> None:
+        self._layout = layout
+        self._max_peers = max_peers
+        self._connect_timeout_s = connect_timeout_s
+        self._memories: OrderedDict[tuple[str, str], PeerMemory] = OrderedDict()
+
+    @asynccontextmanager
+    async def use(self, remote: RemoteHold) -> AsyncIterator[PeerMemory]:
+        """The memory of `remote`'s holder, mapped for as long as the block lasts.
+
+        Raises:
+            HandoffLost: another epoch answers: the holder restarted.
+            Incompatible: the holder's layout is not ours.
+            KvCorrupt: what the holder sent is not a sealed cache of the size it claims.
+            PeerUnavailable: the holder does not answer.
+        """
+        memory = self._find(remote) or await self._open(remote)
+        memory.num_users += 1
+        try:
+            yield memory
+        finally:
+            memory.num_users -= 1
+            if memory.is_retired and memory.num_users == 0:
+                memory.close()
+
+    def retire_all(self) -> None:
+        for key in list(self._memories):
+            self._retire(key)
+
+    def _find(self, remote: RemoteHold) -> PeerMemory | None:
+        key = (remote.worker_id, remote.epoch)
+        memory = self._memories.get(key)
+        if memory is None:
+            return None
+        if not memory.is_alive():
+            self._retire(key)
+            return None
+        self._memories.move_to_end(key)
+        return memory
+
+    async def _open(self, remote: RemoteHold) -> PeerMemory:
+        memory = await self._mapped(remote)
+        key = (remote.worker_id, remote.epoch)
+        for other in [other for other in self._memories if other[0] == remote.worker_id]:
+            self._retire(other)  # an older epoch, or the same one that two pulls opened at once
+        while len(self._memories) >= self._max_peers:
+            self._retire(next(iter(self._memories)))
+        self._memories[key] = memory
+        # Mapped memory of a dead holder is memory that nobody else gets.
+        memory.watch(lambda: self._retire(key))
+        log.info("shm.mapped", holder=remote.worker_id, num_blocks=memory.num_blocks)
+        return memory
+
+    async def _mapped(self, remote: RemoteHold) -> PeerMemory:
+        address = remote.offer.address
+        if not address.startswith(ADDRESS_PREFIX) or len(address) > _MAX_ADDRESS_CHARS:
+            raise PeerUnavailable(f"holder {remote.worker_id} offers no address to map from")
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            raw, fd = await self._ask(connection, remote)
+            try:
+                said = self._checked(raw, fd, remote)
+                return PeerMemory(connection, fd, said.num_blocks, said.num_bytes)
+            finally:
+                os.close(fd)
+        except BaseException:
+            connection.close()
+            raise
+
+    async def _ask(self, connection: socket.socket, remote: RemoteHold) -> tuple[bytes, int]:
+        connection.setblocking(False)
+        address = b"\0" + remote.offer.address.encode()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                await asyncio.get_running_loop().sock_connect(connection, address)
+                await _readable(connection)
+            if peer_uid(connection) != os.geteuid():
+                raise PeerUnavailable(f"holder {remote.worker_id} is another user's process")
+            raw, fds, flags, _ = socket.recv_fds(
+                connection, manifest.MAX_MANIFEST_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+            )
+        except (OSError, TimeoutError) as error:
+            raise PeerUnavailable(
+                f"holder {remote.worker_id} does not pass its memory: {type(error).__name__}"
+            ) from error
+        if not raw:
+            raise PeerUnavailable(f"holder {remote.worker_id} turned us away")
+        if len(fds) != 1 or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+            for fd in fds:
+                os.close(fd)
+            raise KvCorrupt(f"holder {remote.worker_id} sent no descriptor or too much")
+        return raw, fds[0]
+
+    def _checked(self, raw: bytes, fd: int, remote: RemoteHold) -> manifest.CacheManifest:
+        """The manifest, once everything that mapping relies on was found true."""
+        said = manifest.decode(raw)
+        if (said.worker_id, said.epoch) != (remote.worker_id, remote.epoch):
+            raise HandoffLost(
+                f"worker {said.worker_id} of epoch {said.epoch} answers for "
+                f"{remote.worker_id} of epoch {remote.epoch}"
+            )
+        if said.layout != self._layout:
+            raise Incompatible(f"layout {said.layout} != {self._layout}")
+        if os.fstat(fd).st_size != said.num_bytes:
+            raise KvCorrupt(f"memory of {os.fstat(fd).st_size} bytes, {said.num_bytes} announced")
+        try:
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        except OSError as error:
+            raise KvCorrupt("memory that cannot be sealed") from error
+        if not seals & fcntl.F_SEAL_SHRINK:
+            # A file that shrinks under a mapping kills whoever reads there.
+            raise KvCorrupt("memory whose size is not sealed")
+        return said
+
+    def _retire(self, key: tuple[str, str]) -> None:
+        memory = self._memories.pop(key)
+        memory.unwatch()
+        memory.is_retired = True
+        if memory.num_users == 0:
+            memory.close()
+
+
+async def _readable(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(connection, _set, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(connection)
+
+
+def _set(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)

@@ -1,0 +1,215 @@
+"""KV over gRPC: works between any two workers that can call each other.
+
+1. `register` notes where pulls land; the bytes are served by the worker's `HandoffService`,
+   whose `Read` frames blocks with `read_frames`.
+2. A pull asks for the blocks in order and checks every frame before it is written.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+
+from kvrelay.clock import Clock, MonotonicClock
+from kvrelay.config import TlsFiles
+from kvrelay.errors import (
+    Cancelled,
+    HandoffLost,
+    KvCorrupt,
+    NotFound,
+    PeerUnavailable,
+    ServingError,
+)
+from kvrelay.kv.cache import KvCache
+from kvrelay.rpc import status
+from kvrelay.rpc.channel import open_channel
+from kvrelay.transfer.base import BlockCopy, PullStats, RemoteHold
+from kvrelay.types import TransportOffer
+from kvrelay.v1 import handoff_pb2, handoff_pb2_grpc
+
+FRAME_NUM_BYTES = 1 << 20
+"""Most bytes in one message."""
+
+_MAX_INDEXES = 4096
+"""Most blocks that one `Read` may name."""
+
+
+def read_frames(cache: KvCache, block_id: int) -> Iterator[tuple[int, bytes]]:
+    """The block's bytes as (offset, at most `FRAME_NUM_BYTES` bytes), each copied once."""
+    view = cache.block_bytes(block_id)
+    for offset in range(0, len(view), FRAME_NUM_BYTES):
+        yield offset, bytes(view[offset : offset + FRAME_NUM_BYTES])
+
+
+class StreamTransport:
+    """See `KvTransport`. Dials `RemoteHold.address`; the offer needs no address of its own."""
+
+    name = "stream"
+
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        tls: TlsFiles | None = None,
+        max_channels: int = 64,
+        clock: Clock | None = None,
+    ) -> None:
+        self._worker_id = worker_id
+        self._channels = _Channels(tls, limit=max_channels)
+        self._clock = clock or MonotonicClock()
+        self._cache: KvCache | None = None
+        self._is_closed = False
+
+    def register(self, cache: KvCache) -> None:
+        assert self._cache is None, "registered twice"
+        self._cache = cache
+
+    def describe(self) -> TransportOffer:
+        return TransportOffer(name=self.name, address="", host="")
+
+    def can_pull(self, offer: TransportOffer) -> bool:
+        return offer.name == self.name
+
+    async def pull(self, remote: RemoteHold, copies: Sequence[BlockCopy]) -> PullStats:
+        """Also raises `KvCorrupt` for frames that are not what was asked for, and what the
+        holder's status says.
+        """
+        if self._is_closed:
+            raise PeerUnavailable("the stream transport is closed")
+        assert self._cache is not None, "not registered"
+        started = self._clock.now()
+        async with self._channels.use(remote.address) as channel:
+            stub = handoff_pb2_grpc.HandoffServiceStub(channel)
+            for first in range(0, len(copies), _MAX_INDEXES):
+                await self._read(stub, remote, copies[first : first + _MAX_INDEXES])
+        return PullStats(
+            num_bytes=len(copies) * self._cache.layout.block_num_bytes,
+            elapsed_s=self._clock.now() - started,
+        )
+
+    async def close(self) -> None:
+        """Pulls under way end with `PeerUnavailable`."""
+        self._is_closed = True
+        await self._channels.close()
+
+    async def _read(
+        self,
+        stub: "handoff_pb2_grpc.HandoffServiceAsyncStub",
+        remote: RemoteHold,
+        copies: Sequence[BlockCopy],
+    ) -> None:
+        assert self._cache is not None
+        request = handoff_pb2.ReadRequest(
+            handoff_id=remote.handoff_id,
+            puller_id=self._worker_id,
+            epoch=remote.epoch,
+            indexes=[copy.index for copy in copies],
+        )
+        landing = _Landing(self._cache, copies)
+        call = stub.Read(request)
+        try:
+            async for frame in call:
+                landing.write(frame)
+        except grpc.aio.AioRpcError as error:
+            raise _pull_error(error) from error
+        except asyncio.CancelledError:
+            # gRPC says the same when the call is cancelled under us, by `close`.
+            task = asyncio.current_task()
+            if self._is_closed and task is not None and not task.cancelling():
+                raise PeerUnavailable("the stream transport is closed") from None
+            raise
+        finally:
+            call.cancel()
+        landing.finish()
+
+
+def _pull_error(error: grpc.aio.AioRpcError) -> ServingError:
+    """What the holder's status means to a puller."""
+    said = status.from_grpc(error)
+    if isinstance(said, NotFound):
+        return HandoffLost(str(said), **said.details)
+    if isinstance(said, Cancelled):  # not by us: the holder ended the call while it stopped
+        return PeerUnavailable(str(said), **said.details)
+    return said
+
+
+class _Landing:
+    """Writes frames where they belong, and none that was not due."""
+
+    def __init__(self, cache: KvCache, copies: Sequence[BlockCopy]) -> None:
+        self._cache = cache
+        self._copies = copies
+        self._block_num_bytes = cache.layout.block_num_bytes
+        self._num_landed = 0
+        self._offset = 0
+
+    def write(self, frame: handoff_pb2.ReadResponse) -> None:
+        if self._num_landed == len(self._copies):
+            raise KvCorrupt(f"bytes after the last of {self._num_landed} blocks")
+        copy = self._copies[self._num_landed]
+        if (frame.index, frame.offset_bytes) != (copy.index, self._offset):
+            raise KvCorrupt(
+                f"frame of block {frame.index} at {frame.offset_bytes}, "
+                f"expected block {copy.index} at {self._offset}"
+            )
+        data = frame.data
+        end = self._offset + len(data)
+        if not 0 < len(data) <= FRAME_NUM_BYTES or end > self._block_num_bytes:
+            raise KvCorrupt(
+                f"frame of {len(data)} bytes at {self._offset}, "
+                f"blocks have {self._block_num_bytes}, frames {FRAME_NUM_BYTES}"
+            )
+        self._cache.block_bytes(copy.target)[self._offset : end] = data
+        self._offset = end
+        if end == self._block_num_bytes:
+            self._num_landed += 1
+            self._offset = 0
+
+    def finish(self) -> None:
+        if self._num_landed != len(self._copies):
+            raise KvCorrupt(
+                f"bytes end at block {self._num_landed} of {len(self._copies)}, "
+                f"offset {self._offset}"
+            )
+
+
+class _Channels:
+    """One channel per holder address, the least recently used idle ones closed first."""
+
+    def __init__(self, tls: TlsFiles | None, *, limit: int) -> None:
+        self._tls = tls
+        self._limit = limit
+        self._channels: OrderedDict[str, _Channel] = OrderedDict()
+
+    @asynccontextmanager
+    async def use(self, address: str) -> AsyncIterator[grpc.aio.Channel]:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = _Channel(open_channel(address, tls=self._tls))
+        self._channels.move_to_end(address)
+        channel.num_users += 1
+        try:
+            yield channel.grpc
+        finally:
+            channel.num_users -= 1
+            await self._shrink()
+
+    async def close(self) -> None:
+        """Every channel, in use or not."""
+        while self._channels:
+            _, channel = self._channels.popitem()
+            await channel.grpc.close()
+
+    async def _shrink(self) -> None:
+        idle = [address for address, channel in self._channels.items() if not channel.num_users]
+        for address in idle[: max(0, len(self._channels) - self._limit)]:
+            await self._channels.pop(address).grpc.close()
+
+
+@dataclass(slots=True)
+class _Channel:
+    grpc: grpc.aio.Channel
+    num_users: int = 0

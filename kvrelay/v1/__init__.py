@@ -1,0 +1,1 @@
+"""Generated stubs of protos/kvrelay/v1; see protos/generate.sh."""

@@ -1,0 +1,151 @@
+"""Wire messages to this worker's values and back; bounds are checked here, nothing is decided."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvrelay.engine.request import EngineRequest, Goal
+from kvrelay.errors import Incompatible, InvalidRequest, ServingError
+from kvrelay.rpc import convert, status, submit
+from kvrelay.rpc.session import Attempt
+from kvrelay.types import FinishReason, Fingerprint
+from kvrelay.v1 import common_pb2, handoff_pb2, prefill_pb2
+from prefill_svc.holds import AnnouncedBlock, Hold
+
+MAX_READ_INDEXES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """A prompt to prefill, and for whom to hold it."""
+
+    attempt: Attempt
+    handoff_id: str
+    puller_id: str
+    request: EngineRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What one attempt came to: a first token, or a failure."""
+
+    attempt: Attempt
+    token_id: int = 0
+    finish: FinishReason | None = None
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    cached_prompt_tokens: int = 0
+    failure: ServingError | None = None
+
+
+def attempt_from_wire(
+    message: prefill_pb2.PrefillSubmit | common_pb2.CancelAttempt,
+) -> Attempt:
+    return submit.attempt_from_wire(message.request_id, message.attempt)
+
+
+def submit_from_wire(message: prefill_pb2.PrefillSubmit, bounds: submit.ModelBounds) -> Submit:
+    attempt = attempt_from_wire(message)
+    prompt_ids = submit.prompt_from_wire(message.token_ids, bounds)
+    if not message.puller_id:
+        raise InvalidRequest("puller_id", "empty")
+    request = EngineRequest(
+        seq_id=attempt.seq_id,
+        prompt_ids=prompt_ids,
+        sampling=convert.sampling_from_wire(message.sampling),
+        stop=submit.stop_from_wire(
+            max_tokens=message.max_tokens,
+            stop_token_ids=message.stop_token_ids,
+            num_prompt=len(prompt_ids),
+            bounds=bounds,
+        ),
+        goal=Goal.HOLD,
+        cache_salt=submit.salt_from_wire(message.cache_salt),
+    )
+    return Submit(
+        attempt=attempt,
+        handoff_id=handoff_id_from_wire(message.handoff_id),
+        puller_id=message.puller_id,
+        request=request,
+    )
+
+
+def handoff_id_from_wire(handoff_id: str) -> str:
+    return submit.id_from_wire("handoff_id", handoff_id)
+
+
+def indexes_from_wire(indexes: Sequence[int]) -> Sequence[int]:
+    if len(indexes) > MAX_READ_INDEXES:
+        raise InvalidRequest("indexes", f"{len(indexes)}, at most {MAX_READ_INDEXES}")
+    return indexes
+
+
+def require_fingerprint(theirs: common_pb2.Fingerprint, ours: Fingerprint) -> None:
+    """Raises Incompatible, naming what differs."""
+    differences = ours.differences(convert.fingerprint_from_wire(theirs))
+    if differences:
+        listed = ", ".join(f"{name}: {values}" for name, values in differences.items())
+        raise Incompatible(f"fingerprints differ ({listed})", **differences)
+
+
+def header_to_wire(worker_id: str, epoch: str) -> common_pb2.ResponseHeader:
+    return common_pb2.ResponseHeader(worker_id=worker_id, epoch=epoch)
+
+
+def outcomes_to_wire(
+    header: common_pb2.ResponseHeader, outcomes: Sequence[Outcome]
+) -> prefill_pb2.PrefillResponse:
+    return prefill_pb2.PrefillResponse(
+        header=header,
+        prefilled=[_prefilled_to_wire(o) for o in outcomes if o.failure is None],
+        failed=[
+            common_pb2.FailedAttempt(
+                request_id=o.attempt.request_id,
+                attempt=o.attempt.number,
+                failure=status.to_failure(o.failure),
+            )
+            for o in outcomes
+            if o.failure is not None
+        ],
+    )
+
+
+def _prefilled_to_wire(outcome: Outcome) -> prefill_pb2.Prefilled:
+    return prefill_pb2.Prefilled(
+        request_id=outcome.attempt.request_id,
+        attempt=outcome.attempt.number,
+        token_id=outcome.token_id,
+        finish_reason=convert.finish_to_wire(outcome.finish),
+        queue_s=outcome.queue_s,
+        prefill_s=outcome.prefill_s,
+        cached_prompt_tokens=outcome.cached_prompt_tokens,
+    )
+
+
+def opened_to_wire(hold: Hold) -> handoff_pb2.PullResponse:
+    return handoff_pb2.PullResponse(
+        opened=handoff_pb2.PullOpened(num_tokens=hold.num_tokens, num_blocks=hold.num_blocks)
+    )
+
+
+def blocks_to_wire(
+    first_index: int, blocks: Sequence[AnnouncedBlock]
+) -> handoff_pb2.PullResponse:
+    return handoff_pb2.PullResponse(
+        blocks=handoff_pb2.PullBlocks(
+            first_index=first_index,
+            blocks=[
+                handoff_pb2.HeldBlock(
+                    block_id=block.block_id, generation=block.generation, digest=block.digest
+                )
+                for block in blocks
+            ],
+        )
+    )
+
+
+def complete_to_wire(hold: Hold, digest: bytes) -> handoff_pb2.PullResponse:
+    return handoff_pb2.PullResponse(
+        complete=handoff_pb2.PullComplete(
+            first_token_id=hold.first_token_id, num_tokens=hold.num_tokens, digest=digest
+        )
+    )

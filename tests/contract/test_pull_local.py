@@ -1,0 +1,269 @@
+"""Pulling from this machine: a GGUF file or a Hugging Face directory, whole or not at all."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from kvrelay.cli.pull import pull as pull_command
+from kvrelay.errors import ModelInvalid, PeerUnavailable
+from kvrelay.store import install
+from kvrelay.store.manifest import models_dir, read_model_dir
+from kvrelay.store.progress import Silent
+from kvrelay.store.pull import ensure, pull
+from tests.support import tiny_gguf
+
+FILES = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "manifest.json",
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KVRELAY_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path) -> Path:
+    return tiny_gguf.write_gguf(tmp_path / "My Model.gguf")
+
+
+def left_behind() -> set[str]:
+    """What stands beside the models: only locks may."""
+    names = {path.name for path in models_dir().iterdir()}
+    return {name for name in names if name.startswith(".") and not name.endswith(".lock")}
+
+
+def test_a_gguf_file_becomes_a_whole_model_directory(gguf_file: Path) -> None:
+    """Named after the file, with a manifest that matches every other file."""
+    pulled = pull(str(gguf_file))
+    assert pulled.path == models_dir() / "my-model"
+    assert not pulled.was_present
+    assert {path.name for path in pulled.path.iterdir()} == FILES
+    model = read_model_dir(pulled.path)
+    assert {file.name for file in model.files} == FILES - {"manifest.json"}
+    assert left_behind() == set()
+
+
+def test_a_second_pull_finds_it_there(gguf_file: Path) -> None:
+    """Nothing is written again."""
+    first = pull(str(gguf_file))
+    written_ns = (first.path / "model.safetensors").stat().st_mtime_ns
+    assert pull(str(gguf_file)).was_present
+    assert (first.path / "model.safetensors").stat().st_mtime_ns == written_ns
+
+
+def test_force_does_it_again_and_gives_the_same_bytes(gguf_file: Path) -> None:
+    """Conversion is deterministic, so workers pulled at different times still pair."""
+    first = pull(str(gguf_file))
+    manifest = (first.path / "manifest.json").read_bytes()
+    (first.path / "stray").write_text("x")
+    assert not pull(str(gguf_file), force=True).was_present
+    assert (first.path / "manifest.json").read_bytes() == manifest
+    assert not (first.path / "stray").exists()
+
+
+def test_a_damaged_model_is_pulled_again(gguf_file: Path) -> None:
+    """Found by its manifest, and said in one line."""
+    first = pull(str(gguf_file))
+    (first.path / "model.safetensors").write_bytes(b"short")
+    progress = tiny_gguf.Recorder()
+    assert not pull(str(gguf_file), progress=progress).was_present
+    read_model_dir(first.path)
+    assert "model.safetensors" in progress.notes[0]
+
+
+def test_conversion_progress_reaches_its_total(gguf_file: Path) -> None:
+    """The bar ends full."""
+    progress = tiny_gguf.Recorder()
+    pull(str(gguf_file), progress=progress)
+    assert progress.stages == ["converting weights"]
+    assert progress.done_bytes == progress.totals_bytes
+
+
+def test_one_name_does_not_come_to_mean_another_model(gguf_file: Path, tmp_path: Path) -> None:
+    """A second file of the same name is refused rather than ignored."""
+    pull(str(gguf_file))
+    (tmp_path / "other").mkdir()
+    other = shutil.copy(gguf_file, tmp_path / "other" / gguf_file.name)
+    with pytest.raises(ModelInvalid, match="already holds another model"):
+        pull(str(other))
+    assert pull(str(other), name="other").path.name == "other"
+
+
+def test_a_failed_pull_leaves_nothing_and_spoils_nothing(tmp_path: Path) -> None:
+    """The model that was there before is still there, whole."""
+    good = tiny_gguf.write_gguf(tmp_path / "m.gguf")
+    pull(str(good))
+    tiny_gguf.write_gguf(good, edit_tensors=lambda t: t.pop("output_norm.weight"))
+    with pytest.raises(ModelInvalid, match=r"output_norm\.weight is missing"):
+        pull(str(good), force=True)
+    read_model_dir(models_dir() / "m")
+    assert left_behind() == set()
+
+
+def test_leftovers_of_a_killed_pull_are_cleared(gguf_file: Path) -> None:
+    """A pull that was killed could not clean up; the next one does."""
+    models_dir().mkdir(parents=True)
+    (models_dir() / ".my-model.partial-abc").mkdir()
+    pull(str(gguf_file))
+    assert left_behind() == set()
+
+
+def _pull_once(source: str) -> bool:
+    return pull(source).was_present
+
+
+def test_two_processes_pulling_at_once_write_it_once(gguf_file: Path) -> None:
+    """The lock makes one of them wait and then find it there."""
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        present = pool.map(_pull_once, [str(gguf_file)] * 2, chunksize=1)
+    assert sorted(present) == [False, True]
+
+
+def test_a_waiting_pull_says_so(gguf_file: Path) -> None:
+    """Silence would look like a hang."""
+    progress = tiny_gguf.Recorder()
+    noted = threading.Event()
+    progress.note = lambda message: (progress.notes.append(message), noted.set())  # type: ignore[method-assign]
+    waiting = threading.Thread(target=pull, args=(str(gguf_file),), kwargs={"progress": progress})
+    with install.locked(models_dir(), "my-model", progress=Silent()):
+        waiting.start()
+        assert noted.wait(timeout=30)
+    waiting.join(timeout=30)
+    assert "another pull of my-model" in progress.notes[0]
+    read_model_dir(models_dir() / "my-model")
+
+
+def test_a_hugging_face_directory_is_taken_in(gguf_file: Path, tmp_path: Path) -> None:
+    """Known files come along, code does not."""
+    source = tmp_path / "checkpoint"
+    shutil.copytree(pull(str(gguf_file)).path, source)
+    (source / "manifest.json").unlink()
+    (source / "modeling.py").write_text("raise SystemExit")
+    pulled = pull(str(source))
+    assert {path.name for path in pulled.path.iterdir()} == FILES
+    described = json.loads((pulled.path / "manifest.json").read_text())["source"]
+    assert described == {"kind": "dir", "path": str(source)}
+
+
+def test_symbolic_links_are_followed_to_their_files(gguf_file: Path, tmp_path: Path) -> None:
+    """The hub's cache is made of links; the model must outlive it."""
+    blobs = pull(str(gguf_file)).path
+    source = tmp_path / "snapshot"
+    source.mkdir()
+    for path in blobs.iterdir():
+        if path.name != "manifest.json":
+            (source / path.name).symlink_to(path)
+    pulled = pull(str(source))
+    assert not any(path.is_symlink() for path in pulled.path.iterdir())
+
+
+def test_a_directory_with_only_pickled_weights_is_refused_by_name(tmp_path: Path) -> None:
+    """The pickle is never opened."""
+    source = tmp_path / "old"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    (source / "tokenizer.json").write_text("{}")
+    (source / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(ModelInvalid, match=r"pytorch_model\.bin: is a pickle"):
+        pull(str(source))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_directory_without_a_needed_file_is_refused_by_name(
+    gguf_file: Path, tmp_path: Path, name: str
+) -> None:
+    """Before anything is copied."""
+    source = tmp_path / "checkpoint"
+    shutil.copytree(pull(str(gguf_file)).path, source)
+    (source / "manifest.json").unlink()
+    (source / name).unlink()
+    with pytest.raises(ModelInvalid, match=rf"{name}.*missing"):
+        pull(str(source))
+
+
+@pytest.mark.parametrize("source", ["nothing", "", "no/such/deep/path", "/no/such.gguf"])
+def test_a_source_that_is_nothing_says_what_could_be(source: str) -> None:
+    """The error lists the kinds of sources and a command that works."""
+    with pytest.raises(ModelInvalid, match="kvrelay pull smollm2-135m-instruct"):
+        pull(source)
+
+
+@pytest.mark.parametrize("name", ["../up", "A", "", ".hidden", "x" * 101])
+def test_a_name_that_is_no_directory_name_is_refused(gguf_file: Path, name: str) -> None:
+    """Nothing is ever written outside the store."""
+    if name == "":
+        assert pull(str(gguf_file), name=name).name == "my-model"
+        return
+    with pytest.raises(ModelInvalid, match="a model's name is"):
+        pull(str(gguf_file), name=name)
+
+
+def test_ensure_knows_only_pinned_models() -> None:
+    """It downloads, so it takes names, never paths."""
+    with pytest.raises(ModelInvalid, match="not a known model; have smollm2-135m-instruct"):
+        ensure("something-else")
+
+
+def test_an_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clean error, not a stack of HTTP frames."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", "http://127.0.0.1:9", raising=False)
+    with pytest.raises(PeerUnavailable, match="could not be fetched from the hub"):
+        pull("some-org/some-model")
+    assert left_behind() == set()
+
+
+@pytest.fixture
+def command() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(pull_command)
+    return app
+
+
+def test_the_command_prints_plain_lines_off_a_terminal(
+    command: typer.Typer, gguf_file: Path
+) -> None:
+    """The last line says where the model is; a second run says it was there."""
+    result = CliRunner().invoke(command, [str(gguf_file)])
+    assert result.exit_code == 0
+    assert f"my-model is ready: {models_dir() / 'my-model'}" in result.output
+    assert "converting weights" in result.output
+    assert "\x1b" not in result.output
+    again = CliRunner().invoke(command, [str(gguf_file)])
+    assert again.exit_code == 0
+    assert "my-model is already there" in again.output
+
+
+def test_the_command_fails_with_one_line(command: typer.Typer) -> None:
+    """Exit status 1 and no traceback."""
+    result = CliRunner().invoke(command, ["nothing"])
+    assert result.exit_code == 1
+    assert result.output.startswith("error: nothing: ")
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_cache_that_cannot_be_written_is_named(
+    command: typer.Typer, gguf_file: Path, cache: Path
+) -> None:
+    """With the setting that moves it."""
+    cache.mkdir(mode=0o500)
+    result = CliRunner().invoke(command, [str(gguf_file)])
+    assert result.exit_code == 1
+    assert "KVRELAY_CACHE_DIR" in result.output
