@@ -6,7 +6,7 @@ differs serves wrong numbers, and the deployment says so instead of serving on.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -52,7 +52,6 @@ class Canary:
         self._expect = expect
         self._interval_s = interval_s
         self._on_change = on_change
-        self._crossed: set[tuple[str, str]] = set()
         self._answer: tuple[int, ...] | None = None
         self.not_ready_reason = "starting"
 
@@ -63,24 +62,24 @@ class Canary:
     async def run(self) -> None:
         """Keep readiness true. Ends when cancelled."""
         while True:
-            reason, wait_s = await self._look()
+            members = self._pool.members()
+            reason, wait_s = await self._look(members)
             if reason != self.not_ready_reason:
                 self.not_ready_reason = reason
                 log.info("canary.ready" if not reason else "canary.not_ready", reason=reason)
                 self._on_change(not reason)
-            await self._wait(wait_s)
+            await self._wait(wait_s, {_key(m) for m in members})
 
-    async def _look(self) -> tuple[str, float]:
+    async def _look(self, members: Sequence[Member]) -> tuple[str, float]:
         """Why the pool is not ready, if so, and how long to leave it alone."""
         missing = self._missing()
         if missing:
             return missing, self._interval_s
         try:
-            for prefill, decode in self._pairs():
+            for prefill, decode in self._pairs(members):
                 await self._cross(prefill, decode)
         except ServingError as error:
             return f"canary failed: {error}", RETRY_S
-        self._crossed = {_key(m) for m in self._pool.members()}
         return "", self._interval_s
 
     def _missing(self) -> str:
@@ -97,9 +96,8 @@ class Canary:
         prefill_is_vital = self._disaggregate is Disaggregate.ALWAYS
         return {Role.PREFILL: int(prefill_is_vital), Role.DECODE: 1}
 
-    def _pairs(self) -> list[tuple[Member | None, Member]]:
+    def _pairs(self, members: Sequence[Member]) -> list[tuple[Member | None, Member]]:
         """So many crossings that each worker is in at least one."""
-        members = self._pool.members()
         decodes = [m for m in members if m.identity.role is Role.DECODE]
         prefills = [m for m in members if m.identity.role is Role.PREFILL]
         if self._disaggregate is Disaggregate.NEVER or not prefills:
@@ -132,17 +130,14 @@ class Canary:
             ),
         )
 
-    async def _wait(self, wait_s: float) -> None:
+    async def _wait(self, wait_s: float, known: set[tuple[str, str]]) -> None:
         """Until it is time to look again: the interval, or a worker that is new or gone."""
         until_s = self._clock.now() + wait_s
-        while (left_s := until_s - self._clock.now()) > 0:
+        while {_key(m) for m in self._pool.members()} == known:
             try:
-                async with asyncio.timeout(left_s):
+                async with asyncio.timeout(until_s - self._clock.now()):
                     await self._pool.wait_change()
             except TimeoutError:
-                return
-            now = {_key(m) for m in self._pool.members()}
-            if (now - self._crossed) or (self.is_ready and self._missing()):
                 return
 
 

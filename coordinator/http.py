@@ -26,7 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from coordinator import openai_reply
 from coordinator.http_answer import Answer, Serving
-from coordinator.http_edge import Edge, json_response, read_body, refuse_http
+from coordinator.http_edge import Edge, json_response, read_body, refuse_http, require_json
 from coordinator.openai_reply import Reply
 from coordinator.openai_schema import ChatBody, CompletionBody, parse
 from coordinator.request import Started
@@ -135,14 +135,15 @@ class HttpFront:
         loop = asyncio.get_running_loop()
         listener = await _bind(self._listen)
         host, port = listener.getsockname()[:2]
-        self._cut = loop.create_future()
-        self._serving = loop.create_task(self._server.serve(sockets=[listener]), name="http")
+        serving = loop.create_task(self._server.serve(sockets=[listener]), name="http")
         listening = loop.create_task(self._server.is_listening.wait())
-        await asyncio.wait({self._serving, listening}, return_when=asyncio.FIRST_COMPLETED)
-        listening.cancel()
-        if self._serving.done():
+        await asyncio.wait({serving, listening}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            listening.cancel()
             listener.close()
-            await self._serving
+            await serving
+        self._cut = loop.create_future()
+        self._serving = serving
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     async def stop(self, grace_s: float = 10.0) -> None:
@@ -203,8 +204,10 @@ class HttpFront:
             raise Draining("the HTTP front is stopping")
         assert self._cut is not None
         with_ledger = _ledger_is_asked_for(request)
-        requirejson_response(request)
-        data = await read_body(request, self._max_body_num_bytes, self._body_s)
+        require_json(request)
+        data = await read_body(
+            request, max_num_bytes=self._max_body_num_bytes, timeout_s=self._body_s
+        )
         call = parse(parse_as, data)
 
         def reply_to(started: Started) -> Reply:

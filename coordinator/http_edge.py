@@ -51,6 +51,7 @@ class Edge:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        path = scope["path"] if scope["path"] in self._paths else "other"
         status = 0
 
         async def send_in_time(message: Message) -> None:
@@ -62,9 +63,10 @@ class Edge:
                     await send(message)
             except TimeoutError:
                 log.warning("http.stalled", stall_s=self._stall_s)
-                self._abort(scope)  # which the request then sees as its caller leaving
+                self._abort(scope)
+                raise ClientDisconnect from None
 
-        try:
+        async def answer() -> None:
             refused = await self._refusal(scope, self._app(scope, receive, send_in_time))
             if refused is not None and status:
                 body = sse_event(refused.body)
@@ -73,19 +75,22 @@ class Edge:
                 headers = dict(refused.headers)
                 if REQUEST_ID in scope:
                     headers["x-request-id"] = scope[REQUEST_ID]
-                await json_response(refused.body, refused.status, headers)(
-                    scope, receive, send_in_time
-                )
+                response = json_response(refused.body, refused.status, headers)
+                await response(scope, receive, send_in_time)
+
+        try:
+            await answer()
+        except ClientDisconnect:
+            log.debug("http.disconnected", path=path)
         finally:
             self._tasks.discard(task)
-            path = scope["path"] if scope["path"] in self._paths else "other"
             self._counter.labels(path, str(status or "gone")).inc()
 
     async def _refusal(self, scope: Scope, answer: Awaitable[None]) -> Refusal | None:
         try:
             await answer
         except ClientDisconnect:
-            log.debug("http.disconnected")
+            raise
         except ServingError as error:
             return openai_reply.refusal(error)
         except Exception:
@@ -95,7 +100,7 @@ class Edge:
         return None
 
 
-async def read_body(request: Request, max_num_bytes: int, timeout_s: float) -> bytes:
+async def read_body(request: Request, *, max_num_bytes: int, timeout_s: float) -> bytes:
     """Read the body, and no more of it than allowed."""
     refused = HTTPException(413, f"body: at most {max_num_bytes} bytes")
     announced = request.headers.get("content-length", "0")
@@ -113,9 +118,12 @@ async def read_body(request: Request, max_num_bytes: int, timeout_s: float) -> b
     return bytes(data)
 
 
-def requirejson_response(request: Request) -> None:
-    # Web pages may post any type but this one across origins unasked: the check keeps
-    # them from using a server on the reader's own machine.
+def require_json(request: Request) -> None:
+    """Refuse any other body.
+
+    Web pages may post other types across origins unasked: this keeps them from using a
+    server on the reader's own machine.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise HTTPException(415, "content-type: must be application/json")

@@ -45,11 +45,15 @@ def _only(*values: object) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _none_is_empty(value: object) -> object:
+    return [] if value is None else value
+
+
 def _stop_list(value: object) -> object:
     if isinstance(value, str):
         return [value]
-    if isinstance(value, list):
-        return value
+    if value is None or isinstance(value, list):
+        return value or []
     raise PydanticCustomError("neither", "must be a string or a list of strings")
 
 
@@ -107,8 +111,8 @@ class GenerateBody(_Body):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: Annotated[list[str], FailFast(), BeforeValidator(_stop_list)] | None = None
-    stop_token_ids: Annotated[list[int], FailFast()] | None = None
+    stop: Annotated[list[str], FailFast(), BeforeValidator(_stop_list)] = []
+    stop_token_ids: Annotated[list[int], FailFast(), BeforeValidator(_none_is_empty)] = []
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -156,8 +160,8 @@ class GenerateBody(_Body):
             min_p=self.min_p,
             seed=self.seed,
             max_tokens=next((bound for bound in bounds if bound is not None), None),
-            stop=tuple(self.stop or ()),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=bool(self.ignore_eos),
         )
 
@@ -275,6 +279,7 @@ _PROBLEMS: Mapping[str, Callable[[str], str]] = {
     "extra_forbidden": lambda _: "unknown field",
     "missing": lambda _: "required",
     "string_type": lambda _: "must be a string",
+    "string_unicode": lambda _: "must be valid Unicode",
     "int_type": lambda _: "must be an integer",
     "float_type": lambda _: "must be a number",
     "bool_type": lambda _: "must be true or false",
@@ -292,7 +297,8 @@ def _refuse(error: ValidationError) -> NoReturn:
     kind, message = first["type"], first["msg"]
     steps = (f"[{at}]" if isinstance(at, int) else f".{_shown(at)}" for at in first["loc"])
     name = "".join(steps).removeprefix(".")
-    name = name or kind  # the custom errors of a whole body are named after their field
+    if not name:  # our own errors about a whole body are named after the field at fault
+        name = kind if kind in GenerateBody.model_fields else "body"
     problem = _PROBLEMS.get(kind, str)(message)
     raise InvalidRequest(name, problem) from None
 

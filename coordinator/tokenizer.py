@@ -99,6 +99,8 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of the conversation as the model's template writes it.
 
+        Roles are taken as they are: the caller has checked them against a fixed set.
+
         Raises:
             InvalidRequest: as `render_chat`.
         """

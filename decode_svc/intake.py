@@ -62,7 +62,9 @@ class Completion:
 class Intake:
     """One handoff on its way in. Every violation by the holder raises and changes nothing."""
 
-    def __init__(self, handoff_id: str, *, num_tokens: int, num_blocks: int, max_batch: int) -> None:
+    def __init__(
+        self, handoff_id: str, *, num_tokens: int, num_blocks: int, max_batch: int
+    ) -> None:
         assert num_blocks > 0
         assert max_batch > 0
         self.handoff_id = handoff_id

@@ -16,9 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from kvrelay.errors import ModelInvalid
@@ -73,6 +80,8 @@ def _address_or_empty(value: str) -> str:
 
 HostPort = Annotated[str, AfterValidator(_address)]
 OptionalHostPort = Annotated[str, AfterValidator(_address_or_empty)]
+OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
+"""An empty text, which is how an environment says "not given", is None."""
 
 
 class ServiceSettings(BaseModel):
@@ -92,13 +101,13 @@ class ServiceSettings(BaseModel):
     insecure: bool = False
     """Bind addresses that other machines can reach, without TLS."""
 
-    tls_cert_file: Path | None = None
+    tls_cert_file: OptionalPath = None
     """PEM certificate of this service. All three TLS files or none."""
 
-    tls_key_file: Path | None = None
+    tls_key_file: OptionalPath = None
     """PEM key of that certificate."""
 
-    tls_ca_file: Path | None = None
+    tls_ca_file: OptionalPath = None
     """PEM certificates that vouch for peers; a peer without a certificate is refused."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -163,11 +172,10 @@ def load_settings(cls: type[S], *, service: str, argv: Sequence[str]) -> S:
     with exit_when_refused(service):
         given = _gather(cls, service=service, argv=argv, environ=os.environ)
         settings = _validate(cls, given)
-        if "--print-config" in argv:
-            sys.stdout.write(config_text(settings, service=service, given=given))
-            raise SystemExit(0)
-        return settings
-    raise AssertionError("exit_when_refused swallowed an exception")
+    if "--print-config" in argv:
+        sys.stdout.write(config_text(settings, service=service, given=given))
+        raise SystemExit(0)
+    return settings
 
 
 def read_settings(
@@ -279,10 +287,10 @@ def _problem(
         return message
     if name not in given:
         return f"{name} must be set ({_flag(name)})"
-    bounds = _bounds(cls.model_fields[name])
+    limits = _limits(cls.model_fields[name])
     message = message.replace("Input should be", "must be", 1)
     return f"{name} = {given[name].value!r} from {given[name].source}: {message}" + (
-        f"; bounds: {bounds}" if bounds else ""
+        f"; bounds: {limits}" if limits else ""
     )
 
 
@@ -302,17 +310,20 @@ def _env(service: str, name: str) -> str:
     return f"KVRELAY_{service}_{name}".upper()
 
 
-def _bounds(field: FieldInfo) -> str:
-    """What a value is held to, in words; empty where its type says it all."""
+def _limits(field: FieldInfo) -> str:
+    """The bounds of a number, in words."""
     words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    found = [
+    return ", ".join(
         f"{words[name]} {limit}"
         for constraint in field.metadata
         for name in words
         if (limit := getattr(constraint, name, None)) is not None
-    ]
-    choices = get_args(field.annotation) if "Literal" in str(field.annotation) else ()
-    return ", ".join(found) or " | ".join(str(choice) for choice in choices)
+    )
+
+
+def _choices(field: FieldInfo) -> str:
+    is_literal = get_origin(field.annotation) is Literal
+    return " | ".join(map(str, get_args(field.annotation))) if is_literal else ""
 
 
 def help_text(cls: type[ServiceSettings], *, service: str) -> str:
@@ -332,7 +343,7 @@ def help_text(cls: type[ServiceSettings], *, service: str) -> str:
         flag = f"{_flag(name)} | --no-{name.replace('_', '-')}"
         flag = flag if _is_switch(cls, name) else f"{_flag(name)} {name.rpartition('_')[2].upper()}"
         default = "required" if field.is_required() else f"default {_toml(field.default)}"
-        bounds = f"; {bounds}" if (bounds := _bounds(field)) else ""
+        bounds = f"; {bounds}" if (bounds := _limits(field) or _choices(field)) else ""
         meaning = " ".join((field.description or "").split())
         lines.append(f"  {flag}\n      {meaning} ({default}{bounds})")
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from kvrelay.engine.request import EngineRequest, Goal
 from kvrelay.errors import Incompatible, InvalidRequest, ServingError
 from kvrelay.rpc import convert, status, submit
 from kvrelay.rpc.session import Attempt
-from kvrelay.types import FinishReason, Fingerprint
+from kvrelay.types import Fingerprint, FinishReason
 from kvrelay.v1 import common_pb2, handoff_pb2, prefill_pb2
 from prefill_svc.holds import AnnouncedBlock, Hold
 
@@ -127,9 +127,7 @@ def opened_to_wire(hold: Hold) -> handoff_pb2.PullResponse:
     )
 
 
-def blocks_to_wire(
-    first_index: int, blocks: Sequence[AnnouncedBlock]
-) -> handoff_pb2.PullResponse:
+def blocks_to_wire(first_index: int, blocks: Sequence[AnnouncedBlock]) -> handoff_pb2.PullResponse:
     return handoff_pb2.PullResponse(
         blocks=handoff_pb2.PullBlocks(
             first_index=first_index,
@@ -144,6 +142,7 @@ def blocks_to_wire(
 
 
 def complete_to_wire(hold: Hold, digest: bytes) -> handoff_pb2.PullResponse:
+    assert hold.first_token_id is not None
     return handoff_pb2.PullResponse(
         complete=handoff_pb2.PullComplete(
             first_token_id=hold.first_token_id, num_tokens=hold.num_tokens, digest=digest

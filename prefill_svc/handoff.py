@@ -11,7 +11,7 @@ somebody else, and the puller's `Release` will be refused, so the copy is droppe
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import ChunkDone
 from kvrelay.errors import HandoffLost, Incompatible, InvalidRequest
 from kvrelay.kv.cache import KvCache
+from kvrelay.obs.metrics import WorkerMetrics
 from kvrelay.transfer.digest import block_digest, handoff_digest
 from kvrelay.transfer.stream import read_frames
 from kvrelay.types import BlockId, Fingerprint
@@ -59,12 +60,14 @@ class HoldKeeper:
         engine: Engine,
         cache: KvCache,
         limits: HoldLimits,
+        metrics: WorkerMetrics,
         clock: Clock,
     ) -> None:
         self.holds = Holds(block_size=cache.layout.block_size, limits=limits)
         self.cache = cache
         self.limits = limits
         self._engine = engine
+        self._metrics = metrics
         self._clock = clock
         self._kept: dict[Hold, _Kept] = {}  # of living holds, and of those pulled now
         self._timer: asyncio.TimerHandle | None = None
@@ -112,7 +115,7 @@ class HoldKeeper:
 
     async def announcements(
         self, handoff_id: str, puller_id: str
-    ) -> AsyncIterator[pb.PullResponse]:
+    ) -> AsyncGenerator[pb.PullResponse, None]:
         """What `Pull` says, then silence until the hold ends.
 
         The stream is how we see that the puller still lives: it stays open after its last
@@ -140,7 +143,7 @@ class HoldKeeper:
             self._forget_if_gone(hold)
             self._arm()
 
-    async def _progress(self, hold: Hold, kept: _Kept) -> AsyncIterator[pb.PullResponse]:
+    async def _progress(self, hold: Hold, kept: _Kept) -> AsyncGenerator[pb.PullResponse, None]:
         num_sent = 0
         is_complete_sent = False
         while hold.state is not HoldState.RELEASED:
@@ -205,7 +208,8 @@ class HoldKeeper:
         self, handoff_id: str, puller_id: str, indexes: Sequence[int]
     ) -> Iterator[pb.ReadResponse]:
         """The bytes of announced blocks. The hold is looked at after each frame was copied,
-        so no byte leaves that was read when the hold had lapsed."""
+        so no byte leaves that was read when the hold had lapsed.
+        """
         hold = self.holds.find(handoff_id, puller_id)
         for index in indexes:
             if index >= len(hold.announced):
@@ -224,9 +228,7 @@ class HoldKeeper:
         )
         if released is not None:
             self._give_back(released)
-            log.info(
-                "handoff.released", handoff_id=handoff_id, num_blocks=len(released.announced)
-            )
+            log.info("handoff.released", handoff_id=handoff_id, num_blocks=len(released.announced))
 
     # Ends
 
@@ -240,6 +242,7 @@ class HoldKeeper:
         self._timer = None
         for hold in self.holds.lapse_overdue(self._clock.now()):
             log.warning("handoff.unclaimed", handoff_id=hold.handoff_id)
+            self._metrics.hold_expirations.inc()
             if hold.seq_id:
                 self._give_back(hold)
             else:
@@ -300,7 +303,7 @@ class HandoffService(pb_grpc.HandoffServiceServicer):
 
     async def Pull(
         self, request: pb.PullRequest, context: Context
-    ) -> AsyncIterator[pb.PullResponse]:
+    ) -> AsyncGenerator[pb.PullResponse, None]:
         """See `HandoffService.Pull` in protos/kvrelay/v1/handoff.proto."""
         self._require_epoch(request.epoch)
         convert.require_fingerprint(request.fingerprint, self._fingerprint)
@@ -311,7 +314,7 @@ class HandoffService(pb_grpc.HandoffServiceServicer):
 
     async def Read(
         self, request: pb.ReadRequest, context: Context
-    ) -> AsyncIterator[pb.ReadResponse]:
+    ) -> AsyncGenerator[pb.ReadResponse, None]:
         """See `HandoffService.Read` in protos/kvrelay/v1/handoff.proto."""
         self._require_epoch(request.epoch)
         indexes = convert.indexes_from_wire(request.indexes)

@@ -249,9 +249,8 @@ class Holds:
     ) -> Hold | None:
         """The fence: end a hold that never lapsed. None if that was granted before.
 
-        Args:
-            generations: what the puller was told of each block.
-            current: the generation of a block now.
+        `generations` are what the puller was told of each block, `current` says what a
+        block's generation is now.
 
         Raises:
             HandoffLost: drop the bytes. The hold, if there is one, stays as it is.
@@ -305,7 +304,8 @@ class Holds:
 
     def check(self) -> None:
         """Prove that every hold is in the table of its state."""
-        assert all(hold.is_alive or hold.state is HoldState.EXPECTED for hold in self._holds.values())
+        expected = [hold for hold in self._holds.values() if not hold.is_alive]
+        assert all(hold.state is HoldState.EXPECTED for hold in expected)
         assert not any(hold.is_alive for hold in self._ended.values())
         assert not self._holds.keys() & self._ended.keys()
         assert len(self._ended) <= self._limits.max_remembered
@@ -347,15 +347,13 @@ def _generations_of(hold: Hold) -> list[int]:
     return [block.generation for block in hold.announced]
 
 
-def _require_equal(
-    handoff_id: str, what: str, theirs: Sequence[int], ours: Sequence[int]
-) -> None:
+def _require_equal(handoff_id: str, what: str, theirs: Sequence[int], ours: Sequence[int]) -> None:
     if list(theirs) == list(ours):
         return
     num_different = sum(a != b for a, b in zip(theirs, ours, strict=False))
     num_different += abs(len(theirs) - len(ours))
     raise HandoffLost(
-        f"handoff {handoff_id}: {num_different} of {len(ours)} generations differ from those {what}",
+        f"handoff {handoff_id}: {num_different} of {len(ours)} generations are not those {what}",
         handoff_id=handoff_id,
         num_different=num_different,
     )

@@ -3,31 +3,20 @@
 import asyncio
 import readline
 import signal
-from typing import Annotated
 
 import typer
 
 from kvrelay.cli import target
-from kvrelay.cli.generate import DEFAULT_MAX_TOKENS, MAX_U32, Answer, stream
+from kvrelay.cli.generate import Answer, stream
 from kvrelay.client import Client, GenerateOptions, Message
 from kvrelay.errors import InvalidRequest, PeerUnavailable, ServingError
 
 _HELP = "/reset forgets the conversation, /quit leaves, Ctrl-C stops an answer."
 
 
-def chat(
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, max=MAX_U32, help="Most tokens of one answer.")
-    ] = DEFAULT_MAX_TOKENS,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 always takes the likeliest token.")
-    ] = None,
-    address: target.Target = target.DEFAULT,
-) -> None:
-    """Talk with the model."""
+def chat(address: str, options: GenerateOptions, *, system: str | None) -> None:
+    """Talk with the model until the end of input."""
     readline.set_history_length(1000)
-    options = GenerateOptions(max_tokens=max_tokens, temperature=temperature)
     target.run(address, _chat(address, system, options))
 
 

@@ -1,9 +1,7 @@
 """`kvrelay demo`: everything once: two pools, one question, its answer and its ledger."""
 
 import asyncio
-import os
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,28 +9,20 @@ from rich.console import Console
 from kvrelay.cli import model as models
 from kvrelay.cli import render, target
 from kvrelay.cli.generate import stream
-from kvrelay.cli.up import Screen, explain_failure, make_deployment, make_log_dir
+from kvrelay.cli.up import Screen, Wanted, explain_failure, make_deployment, make_log_dir
 from kvrelay.client import Client, GenerateOptions, Message
 from kvrelay.errors import ServingError
 from kvrelay.supervise.deployment import Deployment
 from kvrelay.supervise.keeper import ProcessFailed
-from kvrelay.supervise.topology import Topology, threads_of_each
-
-_QUESTION = "What is the capital of France?"
+from kvrelay.supervise.topology import Topology
 
 
-def demo(
-    question: Annotated[str, typer.Argument()] = _QUESTION,
-    model: Annotated[str, typer.Option(metavar="NAME|DIR")] = models.DEFAULT,
-) -> None:
+def demo(question: str, model: str) -> None:
     """Start a deployment, answer one question, show where the time went, and stop."""
     screen = Screen(Console(stderr=True, highlight=False))
     try:
-        topology = Topology(
-            model=models.ensure(model, console=screen.console),
-            num_threads=threads_of_each(len(os.sched_getaffinity(0)), 2),
-            disaggregate="always",
-        )
+        wanted = Wanted(model=model, disaggregate="always")
+        topology = wanted.topology(models.ensure(model, console=screen.console))
         asyncio.run(_demo(topology, question, make_log_dir(None), screen))
     except ServingError as error:
         target.fail(str(error))
@@ -49,17 +39,18 @@ async def _demo(topology: Topology, question: str, log_dir: Path, screen: Screen
     try:
         await _ask(deployment, question, screen)
     except ProcessFailed as failure:
-        screen.end()
+        screen.settle()
         explain_failure(failure, log_dir, screen)
         raise
     finally:
-        screen.end()
+        screen.settle()
+        screen.is_ending = True
         await deployment.drain()
 
 
 async def _ask(deployment: Deployment, question: str, screen: Screen) -> None:
     ready = await deployment.start()
-    screen.end()
+    screen.settle()
     screen.say(str(ready))
     typer.echo(f"\n> {question}")
     options = GenerateOptions(max_tokens=64, temperature=0.0)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,11 +10,7 @@ from kvrelay.cli import render, target
 from kvrelay.client import Client
 
 
-def explain(
-    request_id: Annotated[str, typer.Argument(help="From `generate --json`, or from a log.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
-    address: target.Target = target.DEFAULT,
-) -> None:
+def explain(address: str, request_id: str, *, as_json: bool) -> None:
     """Show the ledger of a request that ended lately."""
     target.run(address, _explain(address, request_id, as_json=as_json))
 

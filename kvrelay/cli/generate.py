@@ -5,7 +5,6 @@ import json
 import sys
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -20,10 +19,6 @@ from kvrelay.client import (
     Message,
     Started,
 )
-
-MAX_U32 = 2**32 - 1
-MAX_U64 = 2**64 - 1
-DEFAULT_MAX_TOKENS = 256
 
 
 @dataclass(slots=True)
@@ -69,56 +64,20 @@ def ledger_json(finished: Finished) -> dict[str, object]:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to answer; `-` reads it from stdin.")],
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it stands, without chat template.")
-    ] = False,
-    max_tokens: Annotated[
-        int, typer.Option(min=0, max=MAX_U32, help="Most tokens to generate.")
-    ] = DEFAULT_MAX_TOKENS,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 always takes the likeliest token.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, max=MAX_U32, help="Keep the k likeliest tokens.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Drop tokens less likely than this times the likeliest.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=MAX_U64, help="Same seed, same tokens.")
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; repeatable.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one object at the end instead of text.")
-    ] = False,
-    with_ledger: Annotated[
-        bool, typer.Option("--ledger", help="Show where the time went, after the text.")
-    ] = False,
-    timeout: Annotated[
-        float | None, typer.Option(min=0.001, metavar="S", help="Give up after this many seconds.")
-    ] = None,
-    address: target.Target = target.DEFAULT,
+    address: str,
+    prompt: str,
+    options: GenerateOptions,
+    *,
+    is_raw: bool,
+    as_json: bool,
+    with_ledger: bool,
+    timeout_s: float | None,
 ) -> None:
     """Generate from a prompt and stream the text."""
     text = read_prompt(prompt)
-    options = GenerateOptions(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
-    wanted = text if raw else [Message("user", text)]
+    wanted = text if is_raw else [Message("user", text)]
     main = _generate(
-        address, wanted, options, timeout_s=timeout, as_json=as_json, with_ledger=with_ledger
+        address, wanted, options, timeout_s=timeout_s, as_json=as_json, with_ledger=with_ledger
     )
     target.run(address, main)
 

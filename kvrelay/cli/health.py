@@ -1,20 +1,13 @@
 """`kvrelay health`: the standard gRPC health check as an exit status."""
 
-from typing import Annotated
-
 import typer
 
 from kvrelay.cli import target
 from kvrelay.client import Client
 
 
-def health(
-    service: Annotated[
-        str, typer.Option(help="A service's full name; empty asks for the whole process.")
-    ] = "",
-    address: target.Target = target.DEFAULT,
-) -> None:
-    """Exit with 0 if the server at the target serves, with 1 if not."""
+def health(address: str, service: str) -> None:
+    """End with status 0 if `service` serves."""
     target.run(address, _health(address, service))
 
 

@@ -5,10 +5,8 @@ from pathlib import Path
 from rich.console import Console
 
 from kvrelay.cli import pull
-from kvrelay.store.catalog import KNOWN_MODELS, SMOLLM2_135M_INSTRUCT
+from kvrelay.store.catalog import KNOWN_MODELS
 from kvrelay.store.manifest import models_dir, resolve_model
-
-DEFAULT = SMOLLM2_135M_INSTRUCT.name
 
 
 def ensure(name_or_dir: str, *, console: Console) -> Path:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,15 +13,14 @@ from kvrelay.client import Client
 WATCH_INTERVAL_S = 0.5
 
 
-def status(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Keep it on the screen.")] = False,
-    address: target.Target = target.DEFAULT,
-) -> None:
-    """Show the workers: blocks, queues, running sequences."""
-    if watch and as_json:
-        raise typer.BadParameter("--watch and --json exclude each other")
-    target.run(address, _watch(address) if watch else _status(address, as_json=as_json))
+def status(address: str, *, as_json: bool) -> None:
+    """Print the pool as it is now."""
+    target.run(address, _status(address, as_json=as_json))
+
+
+def watch(address: str) -> None:
+    """Keep the pool on the screen until Ctrl-C."""
+    target.run(address, _watch(address))
 
 
 async def _status(address: str, *, as_json: bool) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Coroutine
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
 import typer
 
@@ -17,20 +17,12 @@ ANSWER_WITHIN_S = 5.0
 INTERRUPTED = 130
 
 
-def _checked(target: str) -> str:
+def checked(target: str) -> str:
+    """`target`, if it is HOST:PORT."""
     host, _, port = target.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise typer.BadParameter(f"{target!r} is not HOST:PORT")
     return target
-
-
-Target = Annotated[
-    str,
-    typer.Option(
-        "--target", envvar="KVRELAY_TARGET", metavar="HOST:PORT", callback=_checked,
-        help="The coordinator's gRPC address.",
-    ),
-]  # fmt: skip
 
 
 def fail(message: str, *, status: int = 1) -> NoReturn:
@@ -46,7 +38,7 @@ def run(target: str, main: Coroutine[None, None, None]) -> None:
     except PeerUnavailable:
         fail(f"nothing answers at {target}; start one with: kvrelay up")
     except DeadlinePassed as error:
-        fail(f"{target}: {error}")
+        fail(f"{target} was too slow: {error}")
     except ServingError as error:
         fail(str(error))
     except KeyboardInterrupt:

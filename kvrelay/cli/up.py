@@ -6,9 +6,7 @@ import random
 import signal
 import time
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -27,90 +25,54 @@ from kvrelay.supervise.topology import Topology, threads_of_each
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Transport(StrEnum):
-    """How KV travels."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What was asked for. None means: the default, of ours or of the service."""
 
-    AUTO = "auto"
-    SHM = "shm"
-    STREAM = "stream"
+    model: str
+    num_prefill: int = 1
+    num_decode: int = 1
+    num_threads: int | None = None
+    transport: str = "auto"
+    disaggregate: str = "auto"
+    dtype: str | None = None
+    block_size: int | None = None
+    num_blocks: int | None = None
+    drain_s: float = 30.0
 
-
-class Disaggregate(StrEnum):
-    """When a request's prompt goes to a prefill worker."""
-
-    ALWAYS = "always"
-    AUTO = "auto"
-    NEVER = "never"
-
-
-class Dtype(StrEnum):
-    """What weights and KV are kept in."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
+    def topology(self, model: Path) -> Topology:
+        """The processes of it, serving the model in that directory."""
+        num_cores = len(os.sched_getaffinity(0))
+        shared_out = threads_of_each(num_cores, self.num_prefill + self.num_decode)
+        return Topology(
+            model=model,
+            num_prefill=self.num_prefill,
+            num_decode=self.num_decode,
+            num_threads=self.num_threads or shared_out,
+            transport=self.transport,
+            disaggregate=self.disaggregate,
+            dtype=self.dtype,
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            drain_s=self.drain_s,
+        )
 
 
 def up(
-    model: Annotated[
-        str, typer.Option(metavar="NAME|DIR", help="A pulled model, or a model directory.")
-    ] = models.DEFAULT,
-    prefill: Annotated[int, typer.Option(min=0, max=64, help="Prefill workers.")] = 1,
-    decode: Annotated[int, typer.Option(min=1, max=64, help="Decode workers.")] = 1,
-    grpc_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="The coordinator's gRPC port; 0 picks one.")
-    ] = 50051,
-    http_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="The OpenAI-style HTTP port; 0 picks one.")
-    ] = 8000,
-    transport: Annotated[Transport, typer.Option(help="How KV travels.")] = Transport.AUTO,
-    disaggregate: Annotated[
-        Disaggregate, typer.Option(help="When prompts go to prefill workers.")
-    ] = Disaggregate.AUTO,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of weights and KV. Default: the workers'.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of each worker. Default: the cores, shared out.")
-    ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(min=1, help="Token slots of a KV block. Default: the workers'.")
-    ] = None,
-    num_blocks: Annotated[
-        int | None, typer.Option(min=1, help="KV blocks of each worker. Default: the workers'.")
-    ] = None,
-    drain_s: Annotated[
-        float, typer.Option(min=0, help="Longest wait for running requests at the end.")
-    ] = 30.0,
-    log_dir: Annotated[
-        Path | None, typer.Option(help="Where logs go. Default: ~/.cache/kvrelay/logs/...")
-    ] = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Show the processes' logs on stderr too.")
-    ] = False,
+    wanted: Wanted, *, grpc_port: int, http_port: int, log_dir: Path | None, is_verbose: bool
 ) -> None:
-    """Start a coordinator and its workers on this machine, and keep them alive."""
-    console = Console(stderr=True, highlight=False)
-    cores = len(os.sched_getaffinity(0))
+    """Serve in the foreground; ends the command with its exit status."""
+    screen = Screen(Console(stderr=True, highlight=False), is_verbose=is_verbose)
     try:
-        topology = Topology(
-            model=models.ensure(model, console=console),
-            num_prefill=prefill,
-            num_decode=decode,
-            num_threads=threads or threads_of_each(cores, prefill + decode),
-            transport=transport.value,
-            disaggregate=disaggregate.value,
-            dtype=dtype.value if dtype else None,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            drain_s=drain_s,
-        )
-        screen = Screen(console, is_verbose=verbose)
+        topology = wanted.topology(models.ensure(wanted.model, console=screen.console))
         run = _up(topology, grpc_port, http_port, make_log_dir(log_dir), screen)
         raise typer.Exit(asyncio.run(run))
     except (ServingError, PortTaken) as error:
         target.fail(str(error))
     except OSError as error:
-        target.fail(f"logs: {error}")
+        target.fail(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        raise typer.Exit(target.INTERRUPTED) from None
 
 
 def make_log_dir(chosen: Path | None) -> Path:
@@ -143,6 +105,7 @@ class Screen:
 
     console: Console
     is_verbose: bool = False
+    is_ending: bool = False
     _states: dict[str, str] = field(default_factory=dict)
     _status: Status | None = None
 
@@ -154,7 +117,7 @@ class Screen:
             self._status = self.console.status("starting")
             self._status.start()
 
-    def end(self) -> None:
+    def settle(self) -> None:
         """The live line has nothing more to say."""
         if self._status is not None:
             self._status.stop()
@@ -167,7 +130,7 @@ class Screen:
     def show(self, event: Event) -> None:
         """Take an event of a process."""
         if event.kind == "said":
-            if self.is_verbose or logs.is_loud(event.text):
+            if self.is_verbose or logs.is_loud(event.text, is_ending=self.is_ending):
                 self.say(f"{event.name} | {logs.for_people(event.text)}")
             return
         if event.kind == "died":
@@ -206,7 +169,8 @@ async def _up(
     except ProcessFailed as error:
         failure = error
     finally:
-        screen.end()
+        screen.settle()
+        screen.is_ending = True
         if stopped.is_set():
             screen.say("draining; Ctrl-C again stops at once")
         is_clean = await _drain(deployment, hurried)
@@ -223,7 +187,7 @@ async def _serve_until(stopped: asyncio.Event, deployment: Deployment, screen: S
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             ready = starting.result()
-            screen.end()
+            screen.settle()
             print(ready, flush=True)
             await stopping
     finally:

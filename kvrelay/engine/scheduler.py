@@ -37,7 +37,8 @@ class StepLimits:
     """Most sequences in one step."""
 
     max_waiting: int = 1024
-    """Sequences waiting for blocks before new ones are refused with QUEUE_FULL."""
+    """Sequences waiting for blocks before new ones are refused with QUEUE_FULL. Preempted
+    ones, at most `max_sequences`, come on top."""
 
     def __post_init__(self) -> None:
         assert min(self.max_chunk_tokens, self.max_sequences, self.max_waiting) > 0, self
@@ -193,9 +194,7 @@ class Scheduler:
         self._continue_generating(draft)
         self._continue_prompts(draft)
         granted = self._admit(draft)
-        plan = StepPlan(
-            sequences=tuple(draft.sequences), rows=tuple(draft.rows), granted=granted
-        )
+        plan = StepPlan(sequences=tuple(draft.sequences), rows=tuple(draft.rows), granted=granted)
         self._in_step = plan if plan.rows else None
         return plan
 
@@ -334,9 +333,7 @@ class Scheduler:
             self._move(seq, State.HELD)
         elif finish is not None:
             self._forget(seq)
-        return Emitted(
-            seq_id=seq.seq_id, position=position, token_ids=(token_id,), finish=finish
-        )
+        return Emitted(seq_id=seq.seq_id, position=position, token_ids=(token_id,), finish=finish)
 
     def _publish(self, seq: Sequence) -> None:
         """Offer every full prompt block that exists now to the prefix index."""

@@ -16,9 +16,6 @@ from safetensors import SafetensorError, safe_open
 
 from kvrelay.errors import ModelInvalid
 from kvrelay.model.spec import ModelSpec
-from kvrelay.store import gguf_weights
-from kvrelay.store.gguf_config import model_config
-from kvrelay.store.gguf_file import GgufFile
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -78,37 +75,6 @@ def load_weights(model_dir: str | Path, spec: ModelSpec, *, dtype: torch.dtype) 
     directory = Path(model_dir)
     with ExitStack() as stack:
         return fill(_open_safetensors(directory, stack), spec, dtype=dtype)
-
-
-def load_gguf(path: str | Path, spec: ModelSpec, *, dtype: torch.dtype) -> Weights:
-    """Read a `.gguf` file directly, dequantized.
-
-    Raises:
-        ModelInvalid: as `load_weights`.
-    """
-    return fill(open_gguf(Path(path)), spec, dtype=dtype)
-
-
-def open_gguf(path: Path) -> Stored:
-    """Every tensor of a `.gguf` file under its Hugging Face name, read when asked for."""
-    file = GgufFile(path)
-    config = model_config(file)
-    names = gguf_weights.tensor_names(file, config)
-    heads = {
-        ".attn_q.weight": config["num_attention_heads"],
-        ".attn_k.weight": config["num_key_value_heads"],
-    }
-
-    def read(name: str) -> torch.Tensor:
-        if name not in file.tensors:
-            raise ModelInvalid(path.name, f"tensor {name} is missing")
-        values = file.dequantize(name)
-        part = name[name.find(".attn_") :]
-        if file.arch == "llama" and part in heads:
-            values = gguf_weights.unpermute(values, heads[part])
-        return torch.from_numpy(values)
-
-    return {hf_name: (path.name, partial(read, name)) for name, hf_name in names.items()}
 
 
 def fill(stored: Stored, spec: ModelSpec, *, dtype: torch.dtype) -> Weights:
@@ -224,7 +190,7 @@ def _open_safetensors(directory: Path, stack: ExitStack) -> Stored:
         raise ModelInvalid(INDEX, f"cannot be read: {error!r}") from error
     stored: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {}
     for file in files:
-        if Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file:
             raise ModelInvalid(INDEX, f"names {file!r}, which is not a file beside it")
         stored |= _tensors_of(directory / file, stack)
     for name, file in weight_map.items():

@@ -59,7 +59,6 @@ class LedgerBuilder:
     prefill_s: float = 0.0
     gap1_stages: dict[str, float] = field(default_factory=dict)
     attempts: int = 0
-    attempts_to_first_token: int = 0
     lost_attempts: list[str] = field(default_factory=list)
     num_lost_before_first_token: int = 0
     prefill_worker: str = ""
@@ -74,11 +73,11 @@ class LedgerBuilder:
 
     def dispatched(self, now_s: float) -> None:
         """An attempt was sent to its workers."""
-        if not self.first_dispatched_at_s:
+        self.attempts += 1
+        if self.attempts == 1:
             self.first_dispatched_at_s = now_s
         if not self.token_at_s:
             self.dispatched_at_s = now_s
-        self.attempts += 1
 
     def lost(self, reason: str) -> None:
         """The attempt was given up; the next one starts over."""
@@ -88,8 +87,6 @@ class LedgerBuilder:
 
     def tokens(self, now_s: float, num_tokens: int) -> None:
         """`num_tokens` more tokens were handed to the caller."""
-        if not self.token_at_s:
-            self.attempts_to_first_token = self.attempts
         self.completion_tokens += num_tokens
         self.last_token_at_s = now_s
         self.token_at_s += [now_s] * min(num_tokens, 2 - len(self.token_at_s))

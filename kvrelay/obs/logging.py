@@ -7,9 +7,9 @@ it from code rather than from data.
 
 import logging
 import sys
+import textwrap
 import traceback
 from collections.abc import Mapping, MutableMapping
-from types import TracebackType
 from typing import Any
 
 import structlog
@@ -26,6 +26,7 @@ _MESSAGE_IS_SAFE = (
     ServingError,
     AssertionError,
     AttributeError,
+    BaseExceptionGroup,
     ImportError,
     IndexError,
     MemoryError,
@@ -34,8 +35,6 @@ _MESSAGE_IS_SAFE = (
     RuntimeError,
     TypeError,
 )
-
-_ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
 
 def configure(*, level: str, fmt: str, **context: object) -> None:
@@ -92,29 +91,32 @@ def safe_exception(
 ) -> Mapping[str, Any]:
     """Render `exc_info` as frames and types; messages only where they cannot hold data."""
     exc_info = event.pop("exc_info", None)
-    if exc_info:
-        event["exception"] = format_exception(_as_exc_info(exc_info))
+    error = _as_error(exc_info) if exc_info else None
+    if error:
+        event["exception"] = format_exception(error)
     return event
 
 
-def format_exception(exc_info: _ExcInfo) -> str:
+def format_exception(error: BaseException) -> str:
     """Causes first, as Python prints them, without the messages that could hold data."""
-    _, error, tb = exc_info
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    before = format_exception((type(cause), cause, cause.__traceback__)) + "\n" if cause else ""
     message = f": {error}" if isinstance(error, _MESSAGE_IS_SAFE) else ""
-    frames = "".join(traceback.format_list(traceback.extract_tb(tb)))
-    return f"{before}{frames}{type(error).__module__}.{type(error).__qualname__}{message}"
+    frames = "".join(traceback.format_list(traceback.extract_tb(error.__traceback__)))
+    parts = [f"{frames}{type(error).__module__}.{type(error).__qualname__}{message}"]
+    if cause:
+        parts.insert(0, format_exception(cause))
+    if isinstance(error, BaseExceptionGroup):
+        parts += [textwrap.indent(format_exception(part), "  | ") for part in error.exceptions]
+    return "\n".join(parts)
 
 
-def _as_exc_info(value: Any) -> _ExcInfo:
+def _as_error(value: Any) -> BaseException | None:
+    """The exception that `exc_info` means: itself, a triple's, or the one being handled."""
     if isinstance(value, BaseException):
-        return type(value), value, value.__traceback__
-    if isinstance(value, tuple):
         return value
-    current = sys.exc_info()
-    assert current[0] is not None, "exc_info without an exception"
-    return current[0], current[1], current[2]
+    error = value[1] if isinstance(value, tuple) else sys.exc_info()[1]
+    assert error is None or isinstance(error, BaseException)
+    return error
 
 
 def _with_context(context: Mapping[str, object]) -> structlog.typing.Processor:

@@ -117,6 +117,10 @@ class CoordinatorMetrics:
         if ledger.transport:
             self.handoff_bytes.labels(transport=ledger.transport).inc(ledger.handoff_num_bytes)
 
+    def observe_gap(self, gap_s: float) -> None:
+        """A gap between two batches of tokens handed to one caller."""
+        self.inter_token_latency.observe(gap_s)
+
     def observe_refused(self, reason: str) -> None:
         """Count a request that was never admitted."""
         self.request_failure.labels(reason=reason).inc()

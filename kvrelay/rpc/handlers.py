@@ -1,5 +1,6 @@
 """Puts the same thing around every method of a server, whichever of the four kinds it is."""
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
@@ -56,6 +57,14 @@ def _streamed(
                 return
             async with aclosing(answers):
                 async for message in answers:
-                    await context.write(message)
+                    await _write(context, message)
 
     return behaviour
+
+
+async def _write(context: Context, message: Any) -> None:
+    """Write, or end as cancelled where the caller is gone and grpc has not cancelled us yet."""
+    try:
+        await context.write(message)
+    except (grpc.aio.InternalError, grpc.aio.UsageError) as error:
+        raise asyncio.CancelledError from error

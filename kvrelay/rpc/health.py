@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -50,7 +51,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # i
                 return
             await changed.wait()
 
-    def _status(self, name: str) -> int:
+    def _status(self, name: str) -> Any:  # a ServingStatus
         if name not in self._names:
             return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         if self._is_serving:

@@ -1,4 +1,4 @@
-"""A step-batched session: instructions come in, at most one merged item per attempt waits to go out.
+"""A step-batched session: instructions come in, one merged item per attempt waits to go out.
 
 A stream that is read slowly never grows a queue of steps: what an attempt has to say is
 merged into what it had not said yet. So an outbox is bounded by the attempts of its
@@ -6,8 +6,7 @@ session, and a caller that wakes up late is told everything in one message.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -76,7 +75,7 @@ class Session(Generic[Item]):
 
 async def converse(
     requests: AsyncIterator[Request], outbox: Outbox[Item], handle: Callable[[Request], None]
-) -> AsyncIterator[list[Item]]:
+) -> AsyncGenerator[list[Item], None]:
     """Handles instructions as they come and yields what the outbox has, until a side ends.
 
     Raises what `handle` raises, after everything that waited has been yielded.
@@ -89,8 +88,7 @@ async def converse(
             reader.result()
     finally:
         reader.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait([reader])
+        await asyncio.gather(reader, return_exceptions=True)
 
 
 async def _read(

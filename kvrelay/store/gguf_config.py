@@ -65,7 +65,9 @@ def model_config(file: GgufFile) -> dict[str, Any]:
         )
     num_parts = file.get("split.count", int, 1)
     if num_parts > 1:
-        raise ModelInvalid(file.path, f"is one of {num_parts} parts; merge them into one file first")
+        raise ModelInvalid(
+            file.path, f"is one of {num_parts} parts; merge them into one file first"
+        )
     _refuse_unknown_settings(file)
     model_type, class_name = ARCHITECTURES[file.arch]
     num_heads = _int(file, "attention.head_count")

@@ -25,10 +25,11 @@ def fetch(repo_id: str, into: Path, *, progress: Progress) -> str:
     not_there = (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError)
     # Its bases are the errors of the HTTP client underneath, which differs between versions.
     http_errors = hub_errors.HfHubHTTPError.__bases__
+    api = hub.HfApi()
     progress.note(f"asking the hub for {repo_id}")
     try:
-        commit = str(hub.HfApi().model_info(repo_id, timeout=30.0).sha)
-        hub.snapshot_download(
+        commit = str(api.model_info(repo_id, timeout=30.0).sha)
+        api.snapshot_download(
             repo_id,
             revision=commit,
             local_dir=into,

@@ -56,6 +56,11 @@ class Keeper:
     _address: asyncio.Future[Address] | None = None
     _task: asyncio.Task[None] | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs now, if one does."""
+        return self._child.pid if self._child is not None else None
+
     def start(self) -> None:
         """Begin keeping it. Needs a running loop."""
         self._address = asyncio.get_running_loop().create_future()

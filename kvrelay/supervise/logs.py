@@ -16,6 +16,7 @@ MAX_RUNS = 20
 
 _TAIL_LINES = 20
 _LOUD = frozenset({"warning", "error", "critical"})
+_LOUD_AT_THE_END = _LOUD - {"warning"}
 _HIDDEN = frozenset({"event", "level", "timestamp", "service", "worker_id", "role", "epoch"})
 
 
@@ -23,9 +24,9 @@ def make_run_dir(parent: Path, name: str) -> Path:
     """A new directory `name` in `parent`, of which only the newest `MAX_RUNS` stay."""
     parent.mkdir(parents=True, exist_ok=True)
     runs = sorted(path for path in parent.iterdir() if path.is_dir())
-    for old in runs[: max(0, len(runs) - MAX_RUNS + 1)]:
-        if not _is_in_use(old):
-            shutil.rmtree(old, ignore_errors=True)
+    ended = [path for path in runs if not _is_in_use(path)]
+    for old in ended[: max(0, len(runs) - MAX_RUNS + 1)]:
+        shutil.rmtree(old, ignore_errors=True)
     path = parent / name
     path.mkdir(exist_ok=True)
     return path
@@ -65,10 +66,15 @@ class LogFile:
         self._num_bytes = 0
 
 
-def is_loud(line: str) -> bool:
-    """Whether a line deserves the terminal: warnings, errors, and whatever is no event."""
+def is_loud(line: str, *, is_ending: bool = False) -> bool:
+    """Whether a line deserves the terminal: warnings, errors, and whatever is no event.
+
+    While a deployment ends, its processes miss each other, and their warnings say nothing.
+    """
     event = _parse(line)
-    return bool(line.strip()) if event is None else str(event.get("level")) in _LOUD
+    if event is None:
+        return bool(line.strip())
+    return str(event.get("level")) in (_LOUD_AT_THE_END if is_ending else _LOUD)
 
 
 def for_people(line: str) -> str:

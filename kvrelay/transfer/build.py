@@ -1,11 +1,14 @@
 """Which transports a worker runs, by the name of the setting."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from kvrelay.config import TlsFiles
+from kvrelay.errors import Incompatible
 from kvrelay.transfer.base import KvTransport
 from kvrelay.transfer.shm import ShmTransport
 from kvrelay.transfer.stream import StreamTransport
+from kvrelay.types import TransportOffer
 
 TransportChoice = Literal["auto", "shm", "stream"]
 
@@ -25,3 +28,15 @@ def build_transports(
         transports.append(StreamTransport(worker_id=worker_id, tls=tls))
     assert transports, choice
     return tuple(transports)
+
+
+def transport_for(transports: Iterable[KvTransport], offer: TransportOffer) -> KvTransport:
+    """The one of ours that pulls by `offer`.
+
+    Raises:
+        Incompatible: none does.
+    """
+    for transport in transports:
+        if transport.can_pull(offer):
+            return transport
+    raise Incompatible(f"no transport here pulls by {offer.name}", offer=offer.name)

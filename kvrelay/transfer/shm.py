@@ -134,7 +134,7 @@ class ShmTransport:
         for stop in self._stops:
             stop.set()
         here.executor.shutdown()
-        here.peers.retire_all()
+        here.peers.close()
         here.server.close()
 
     @property

@@ -7,7 +7,7 @@ import os
 import socket
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,7 @@ class PeerMemories:
         self._max_peers = max_peers
         self._connect_timeout_s = connect_timeout_s
         self._memories: OrderedDict[tuple[str, str], PeerMemory] = OrderedDict()
+        self._is_closed = False
 
     @asynccontextmanager
     async def use(self, remote: RemoteHold) -> AsyncIterator[PeerMemory]:
@@ -101,7 +102,9 @@ class PeerMemories:
             if memory.is_retired and memory.num_users == 0:
                 memory.close()
 
-    def retire_all(self) -> None:
+    def close(self) -> None:
+        """Forget all; what is in use or about to be mapped is closed by its user."""
+        self._is_closed = True
         for key in list(self._memories):
             self._retire(key)
 
@@ -118,6 +121,9 @@ class PeerMemories:
 
     async def _open(self, remote: RemoteHold) -> PeerMemory:
         memory = await self._mapped(remote)
+        if self._is_closed:
+            memory.close()
+            raise PeerUnavailable("the shm transport was closed meanwhile")
         key = (remote.worker_id, remote.epoch)
         for other in [other for other in self._memories if other[0] == remote.worker_id]:
             self._retire(other)  # an older epoch, or the same one that two pulls opened at once
@@ -133,17 +139,20 @@ class PeerMemories:
         address = remote.offer.address
         if not address.startswith(ADDRESS_PREFIX) or len(address) > _MAX_ADDRESS_CHARS:
             raise PeerUnavailable(f"holder {remote.worker_id} offers no address to map from")
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
+        with ExitStack() as undo:
+            connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             raw, fd = await self._ask(connection, remote)
             try:
                 said = self._checked(raw, fd, remote)
-                return PeerMemory(connection, fd, said.num_blocks, said.num_bytes)
+                memory = PeerMemory(connection, fd, said.num_blocks, said.num_bytes)
+            except OSError as error:
+                raise PeerUnavailable(
+                    f"{said.num_bytes} bytes of {remote.worker_id} cannot be mapped"
+                ) from error
             finally:
                 os.close(fd)
-        except BaseException:
-            connection.close()
-            raise
+            undo.pop_all()  # the connection now closes with the mapping
+        return memory
 
     async def _ask(self, connection: socket.socket, remote: RemoteHold) -> tuple[bytes, int]:
         connection.setblocking(False)

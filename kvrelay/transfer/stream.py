@@ -77,9 +77,8 @@ class StreamTransport:
         """Also raises `KvCorrupt` for frames that are not what was asked for, and what the
         holder's status says.
         """
-        if self._is_closed:
-            raise PeerUnavailable("the stream transport is closed")
         assert self._cache is not None, "not registered"
+        self._check_open()
         started = self._clock.now()
         async with self._channels.use(remote.address) as channel:
             stub = handoff_pb2_grpc.HandoffServiceStub(channel)
@@ -102,6 +101,7 @@ class StreamTransport:
         copies: Sequence[BlockCopy],
     ) -> None:
         assert self._cache is not None
+        self._check_open()
         request = handoff_pb2.ReadRequest(
             handoff_id=remote.handoff_id,
             puller_id=self._worker_id,
@@ -124,6 +124,10 @@ class StreamTransport:
         finally:
             call.cancel()
         landing.finish()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise PeerUnavailable("the stream transport is closed")
 
 
 def _pull_error(error: grpc.aio.AioRpcError) -> ServingError:

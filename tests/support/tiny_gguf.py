@@ -27,9 +27,7 @@ CHAT_TEMPLATE = (
 Array = npt.NDArray[np.float32]
 
 
-def random_weights(
-    arch: str, *, tied: bool = True, seed: int = 0
-) -> dict[str, Array]:
+def random_weights(arch: str, *, tied: bool = True, seed: int = 0) -> dict[str, Array]:
     """Hugging Face names to values that bfloat16 holds exactly."""
     generator = np.random.default_rng(seed)
 
@@ -191,4 +189,3 @@ class Recorder:
 
     def note(self, message: str) -> None:
         self.notes.append(message)
-

@@ -437,9 +437,7 @@ def test_a_landed_sequence_replays_the_outputs_it_came_with():
     """
     sched, model = scheduler(budget_tokens=8), _model()
     outputs = expected_tokens(prompt(6), 16)
-    sched.add(
-        request("a", prompt(6), origin=Origin.LAND, output_ids=outputs[:11], max_tokens=16)
-    )
+    sched.add(request("a", prompt(6), origin=Origin.LAND, output_ids=outputs[:11], max_tokens=16))
     (granted,) = sched.grant()
     model.land(granted.block_table, prompt(6))
 

@@ -20,6 +20,7 @@ NUM_BLOCKS = 8
 BUDGET_TOKENS = 7
 MAX_SEQUENCES = 5
 MOST_STEPS_TO_END = 3000
+MOST_STEPS_WITHOUT_OLDEST = 20
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -42,6 +43,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.outputs: dict[str, list[int]] = {}
         self.landing: dict[str, tuple] = {}
         self.held: set[str] = set()
+        self.steps_without_oldest = 0
 
     # What the service does
 
@@ -75,7 +77,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         except KvPoolExhausted:
             assert not fits
         except QueueFull:
-            assert self.sched.count(State.WAITING) == 6
+            assert self.sched.count(State.WAITING) >= 6  # preempted ones come on top
         else:
             assert fits
             self.requests[seq_id] = new
@@ -171,9 +173,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def join_one(self, seq_id: str) -> None:
         granted, new = self.landing.pop(seq_id), self.requests[seq_id]
-        self.model.land(
-            granted.block_table, new.prompt_ids, first_block=granted.num_cached_blocks
-        )
+        self.model.land(granted.block_table, new.prompt_ids, first_block=granted.num_cached_blocks)
         first = expected_tokens(new.prompt_ids, 1)
         done = self.sched.join(seq_id, first)
         self.outputs[seq_id] = self.outputs[seq_id] or list(first)
@@ -191,21 +191,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.take_grants(self.sched.grant())
 
     def check_progress(self, plan: StepPlan) -> None:
-        """Only holds and landings can stop a step, and nothing stops the oldest."""
+        """Only holds and landings can stop a step, and the oldest is soon part of one."""
         stoppers = [
             seq_id
             for seq_id, new in self.requests.items()
             if seq_id in self.landing or new.goal is Goal.HOLD
         ]
         if stoppers or not self.requests:
+            self.steps_without_oldest = 0
             return
         assert plan.rows, "nothing moves"
         oldest = min(self.requests, key=lambda seq_id: int(seq_id[1:]))
-        if not self.outputs[oldest]:
-            return  # a prompt may wait for a replay that took the budget
-        assert oldest in {seq.seq_id for seq in plan.sequences} or plan.sequences
-        decoding = [seq.seq_id for seq in plan.sequences if not seq.is_prefilling]
-        assert not decoding or oldest in decoding or self.sched.count(State.WAITING)
+        is_in = any(seq.seq_id == oldest for seq in plan.sequences)
+        self.steps_without_oldest = 0 if is_in else self.steps_without_oldest + 1
+        # A prompt may wait while replays, which are finite, take the budget.
+        assert self.steps_without_oldest <= MOST_STEPS_WITHOUT_OLDEST, oldest
 
 
 TestScheduler = SchedulerMachine.TestCase

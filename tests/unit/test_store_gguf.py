@@ -28,7 +28,7 @@ def convert(source: Path, into: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_weight_comes_back_under_its_own_name(tmp_path: Path, arch: str, tied: bool) -> None:
-    """Names, shapes and values, the rope order of `llama` included, survive the way out and back."""
+    """Names, shapes and values, the rope order of `llama` included, survive there and back."""
     weights = tiny_gguf.random_weights(arch, tied=tied)
     source = tiny_gguf.write_gguf(tmp_path / "m.gguf", arch, weights=weights)
     converted = convert(source, tmp_path / "out")

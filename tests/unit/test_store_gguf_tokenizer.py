@@ -1,5 +1,6 @@
 """Tokenizers rebuilt from GGUF metadata split and join text as their originals do."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def sentencepiece_reference(text: str) -> list[int]:
     while True:
         joined = [
             (-SCORES[PIECES.index(a + b)], i)
-            for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False))
+            for i, (a, b) in enumerate(itertools.pairwise(pieces))
             if a + b in PIECES
         ]
         if not joined:

@@ -1,0 +1,323 @@
+"""Brings a held prompt's KV here: tells `Intake` what happened and carries out what follows.
+
+    1. open `Pull` at the holder; the engine is asked for blocks once there are bytes for them
+    2. fetch what is announced, batch by batch, while the holder computes on; digest each batch
+    3. when the holder has completed: check what binds the bytes to the prompt, `Release`
+    4. only after its OK may the sequence join
+
+On any failure, cancellation included, the blocks go back to the engine after the
+transport has stopped writing, which its `pull` promises once it has returned or raised.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import grpc
+import structlog
+
+from decode_svc import convert
+from decode_svc.convert import HandoffCost
+from decode_svc.intake import Intake, IntakeState
+from kvrelay.clock import Clock
+from kvrelay.engine.engine import Engine
+from kvrelay.engine.request import EngineRequest, Granted
+from kvrelay.errors import (
+    HandoffLost,
+    Incompatible,
+    KvCorrupt,
+    KvPoolExhausted,
+    NotFound,
+    PeerUnavailable,
+    ServingError,
+)
+from kvrelay.kv.cache import KvCache
+from kvrelay.obs.metrics import WorkerMetrics
+from kvrelay.rpc.channels import Channels
+from kvrelay.rpc.status import from_grpc
+from kvrelay.rpc.submit import ModelBounds
+from kvrelay.transfer.base import BlockCopy, KvTransport, RemoteHold
+from kvrelay.transfer.digest import block_digest, handoff_digest
+from kvrelay.types import BlockId, Fingerprint
+from kvrelay.v1 import handoff_pb2_grpc as pb_grpc
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LandingLimits:
+    """What bounds one landing."""
+
+    batch_num_bytes: int = 32 << 20
+    """Most bytes fetched between two looks at what else has been announced."""
+
+    release_timeout_s: float = 10.0
+    """A holder that does not answer the release for so long is given up."""
+
+
+@dataclass(slots=True, eq=False)
+class _Landing:
+    """One handoff under way."""
+
+    request: EngineRequest
+    source: RemoteHold
+    intake: Intake
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    lost: ServingError | None = None
+    """Why the holder's stream ended, if not well."""
+
+    is_submitted: bool = False
+    """Whether the engine knows the sequence, so that somebody must release it."""
+
+    num_cached_tokens: int = 0
+    completed_s: float = 0.0
+    landed_s: float = 0.0
+    num_overlapped: int = 0
+    """Blocks that had landed when the holder completed."""
+
+    def require_holder(self) -> None:
+        if self.lost is not None:
+            raise self.lost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landed:
+    """KV in place: the first token that came with it, and what it cost."""
+
+    first_token_id: int
+    cost: HandoffCost
+
+
+class Lander:
+    """Lands handoffs for one engine. Used from the event loop only."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        cache: KvCache,
+        transports: Sequence[KvTransport],
+        channels: Channels,
+        limits: LandingLimits,
+        metrics: WorkerMetrics,
+        clock: Clock,
+        worker_id: str,
+        fingerprint: Fingerprint,
+        bounds: ModelBounds,
+    ) -> None:
+        self._engine = engine
+        self._cache = cache
+        self._transports: Mapping[str, KvTransport] = {t.name: t for t in transports}
+        self._channels = channels
+        self._limits = limits
+        self._metrics = metrics
+        self._clock = clock
+        self._worker_id = worker_id
+        self._fingerprint = fingerprint
+        self._bounds = bounds
+        self._landings: dict[str, _Landing] = {}  # by seq_id
+
+    @property
+    def num_landing(self) -> int:
+        return len(self._landings)
+
+    def granted(self, grant: Granted) -> None:
+        """The engine gave blocks. Grants for landings that were given up are ignored."""
+        landing = self._landings.get(grant.seq_id)
+        if landing is not None:
+            landing.intake.granted(grant)
+            landing.num_cached_tokens = grant.num_cached_blocks * self._cache.layout.block_size
+            landing.changed.set()
+
+    async def land(
+        self, request: EngineRequest, source: RemoteHold, on_landed: Callable[[Landed], None]
+    ) -> None:
+        """Bring the KV of `request` here and let its sequence join.
+
+        `on_landed` is called just before the join; from then on the sequence is the
+        engine's, and whoever cancels it releases it there. If it was not called, then on
+        any exception, cancellation included, the engine has the blocks back.
+
+        Raises:
+            HandoffLost: the holder no longer has it, or its hold lapsed meanwhile.
+            KvCorrupt: what landed is not what was announced, or is of another prompt.
+            PeerUnavailable: the holder could not be reached or went away.
+            Incompatible: there is no transport for this source, or fingerprints differ.
+            QueueFull, KvPoolExhausted: see `Engine.submit`.
+        """
+        transport = self._transport_for(source)
+        self._require_fits(request)
+        landing = self._landings[request.seq_id] = self._begin(request, source)
+        try:
+            async with self._channels.use(source.address) as channel:
+                stub = pb_grpc.HandoffServiceStub(channel)
+                async with self._listening(landing, stub):
+                    await self._fetch(landing, transport)
+                    landed = await self._release(landing, stub, transport.name)
+                    # Nothing is awaited from the holder's word to the join.
+                    on_landed(landed)
+                    self._engine.join(request.seq_id, (landed.first_token_id,))
+                    landing.intake.joined()
+        except grpc.aio.AioRpcError as error:
+            raise _lost(from_grpc(error), source) from error
+        except KvCorrupt:
+            self._metrics.kv_corrupt.inc()
+            raise
+        finally:
+            del self._landings[request.seq_id]
+            if landing.intake.state is not IntakeState.JOINED:
+                landing.intake.failed()
+                if landing.is_submitted:
+                    self._engine.release(request.seq_id)
+
+    def _begin(self, request: EngineRequest, source: RemoteHold) -> _Landing:
+        layout = self._cache.layout
+        num_tokens = len(request.prompt_ids)
+        intake = Intake(
+            source.handoff_id,
+            num_tokens=num_tokens,
+            num_blocks=layout.num_blocks_for(num_tokens),
+            max_batch=max(1, self._limits.batch_num_bytes // layout.block_num_bytes),
+        )
+        return _Landing(request, source, intake)
+
+    def _require_fits(self, request: EngineRequest) -> None:
+        """Refuse at once what the engine would refuse when the first bytes are ready."""
+        num_tokens = len(request.prompt_ids) + request.stop.max_tokens - 1
+        wanted = self._cache.layout.num_blocks_for(num_tokens)
+        if wanted > self._cache.num_blocks:
+            raise KvPoolExhausted(wanted_blocks=wanted, free_blocks=self._cache.num_blocks)
+
+    def _transport_for(self, source: RemoteHold) -> KvTransport:
+        transport = self._transports.get(source.offer.name)
+        if transport is None or not transport.can_pull(source.offer):
+            raise Incompatible(
+                f"cannot pull by {source.offer.name}, have {', '.join(self._transports)}",
+                offered=source.offer.name,
+            )
+        return transport
+
+    @asynccontextmanager
+    async def _listening(
+        self, landing: _Landing, stub: "pb_grpc.HandoffServiceAsyncStub"
+    ) -> AsyncIterator[None]:
+        """Hear the holder's announcements meanwhile. The open stream tells it that we live."""
+        listener = asyncio.create_task(self._listen(landing, stub))
+        try:
+            yield
+        finally:
+            listener.cancel()
+            await asyncio.gather(listener, return_exceptions=True)
+
+    async def _listen(self, landing: _Landing, stub: "pb_grpc.HandoffServiceAsyncStub") -> None:
+        request = convert.pull_to_wire(
+            landing.source, puller_id=self._worker_id, fingerprint=self._fingerprint
+        )
+        try:
+            async for message in stub.Pull(request):
+                convert.take_announcement(landing.intake, message, self._bounds)
+                self._note_completion(landing)
+                landing.changed.set()
+            landing.intake.require_complete()
+        except grpc.aio.AioRpcError as error:
+            landing.lost = _lost(from_grpc(error), landing.source)
+        except ServingError as error:
+            landing.lost = error
+        except asyncio.CancelledError:
+            # By us, or by gRPC because the channel was closed under the call.
+            landing.lost = PeerUnavailable(f"the channel to {landing.source.worker_id} was closed")
+            raise
+        finally:
+            landing.changed.set()
+
+    def _note_completion(self, landing: _Landing) -> None:
+        if landing.intake.completion is not None:
+            landing.completed_s = self._clock.now()
+            landing.num_overlapped = landing.intake.num_landed
+
+    async def _fetch(self, landing: _Landing, transport: KvTransport) -> None:
+        """Until every block has landed and every byte is verified."""
+        intake = landing.intake
+        while intake.state is not IntakeState.VERIFYING:
+            landing.changed.clear()
+            landing.require_holder()
+            if intake.wants_grant and not landing.is_submitted:
+                self._engine.submit(landing.request)
+                landing.is_submitted = True
+            if batch := intake.next_batch():
+                await self._fetch_batch(landing, transport, batch)
+            else:
+                await landing.changed.wait()
+        landing.landed_s = max(landing.landed_s, landing.completed_s)
+        intake.verify_handoff(self._handoff_digest(landing))
+
+    async def _fetch_batch(
+        self, landing: _Landing, transport: KvTransport, batch: Sequence[BlockCopy]
+    ) -> None:
+        stats = await transport.pull(landing.source, batch)
+        self._metrics.pulled_bytes.inc(stats.num_bytes)
+        landing.intake.landed(batch)
+        landing.landed_s = self._clock.now()
+        digests = await asyncio.to_thread(self._digests_of, [copy.target for copy in batch])
+        landing.intake.verify(batch, digests)
+
+    async def _release(
+        self, landing: _Landing, stub: "pb_grpc.HandoffServiceAsyncStub", transport: str
+    ) -> Landed:
+        """The fence. Bytes that landed before it are usable only after it."""
+        intake, source = landing.intake, landing.source
+        verified_s = self._clock.now()
+        message = convert.release_to_wire(
+            source, puller_id=self._worker_id, generations=intake.generations
+        )
+        await stub.Release(message, timeout=self._limits.release_timeout_s)
+        block_num_bytes = self._cache.layout.block_num_bytes
+        cost = HandoffCost(
+            transfer_s=landing.landed_s - landing.completed_s,
+            verify_s=verified_s - landing.landed_s,
+            release_s=self._clock.now() - verified_s,
+            num_bytes=intake.num_landed * block_num_bytes,
+            overlapped_num_bytes=landing.num_overlapped * block_num_bytes,
+            transport=transport,
+            cached_prompt_tokens=landing.num_cached_tokens,
+        )
+        assert intake.completion is not None
+        log.info(
+            "handoff.landed",
+            handoff_id=source.handoff_id,
+            num_blocks=intake.num_landed,
+            num_bytes=cost.num_bytes,
+            overlapped_num_bytes=cost.overlapped_num_bytes,
+            transport=transport,
+        )
+        return Landed(first_token_id=intake.completion.first_token_id, cost=cost)
+
+    def _digests_of(self, blocks: Sequence[BlockId]) -> list[int]:
+        return [block_digest(self._cache.block_bytes(block)) for block in blocks]
+
+    def _handoff_digest(self, landing: _Landing) -> bytes:
+        """What the holder must have said if it computed our prompt. Its blocks' digests are
+        those it announced; blocks that we had cached are our own, and were not moved.
+        """
+        completion = landing.intake.completion
+        assert completion is not None
+        return handoff_digest(
+            handoff_id=landing.source.handoff_id,
+            num_tokens=len(landing.request.prompt_ids),
+            first_token_id=completion.first_token_id,
+            prompt_ids=landing.request.prompt_ids,
+            block_digests=landing.intake.digests,
+        )
+
+
+def _lost(error: ServingError, source: RemoteHold) -> ServingError:
+    """What a holder's refusal means here: whatever it no longer knows is a lost handoff."""
+    is_other_epoch = isinstance(error, Incompatible) and "epoch" in error.details
+    if is_other_epoch or isinstance(error, NotFound):
+        return HandoffLost(
+            f"{source.worker_id} does not hold {source.handoff_id}: {error}",
+            handoff_id=source.handoff_id,
+            worker_id=source.worker_id,
+        )
+    return error

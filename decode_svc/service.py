@@ -1,0 +1,283 @@
+"""The sessions of coordinators with a decode worker.
+
+    1. a submit goes to the engine, or first to the lander if its KV is held elsewhere
+    2. each step's tokens are told at once, with the first of them what came before them
+    3. a cancel, or the end of the session, takes everything back
+
+An attempt lives here until it has finished, failed or been cancelled.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import grpc
+import structlog
+
+from decode_svc import convert
+from decode_svc.convert import HandoffCost, Outcome, PrefillCost
+from decode_svc.landing import Landed, Lander
+from kvrelay.engine.engine import Engine
+from kvrelay.engine.request import Emitted, EngineRequest, SequenceTiming, StepResult
+from kvrelay.errors import Draining, InvalidRequest, QueueFull, ServingError
+from kvrelay.rpc.session import Attempt, Session, converse
+from kvrelay.rpc.submit import ModelBounds
+from kvrelay.transfer.base import RemoteHold
+from kvrelay.types import WorkerLoad
+from kvrelay.v1 import decode_pb2 as pb
+from kvrelay.v1 import decode_pb2_grpc as pb_grpc
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Live:
+    """An attempt that is landing, waiting or generating."""
+
+    attempt: Attempt
+    session: Session[Outcome]
+    landing: asyncio.Task[None] | None = None
+    """Brings its KV here. None once it has joined, or if it computes its prompt itself."""
+
+    landed: Landed | None = None
+    """What came by handoff and has not been told yet."""
+
+    is_repeating_first: bool = False
+    """Whether the holder's first token is to be told again before our own."""
+
+
+class DecodeService(pb_grpc.DecodeServiceServicer):
+    """Turns messages into engine calls and back; decides nothing.
+
+    Everything but the engine's own work happens in the event loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        lander: Lander,
+        bounds: ModelBounds,
+        max_landings: int,
+        on_failure: Callable[[BaseException], None],
+        worker_id: str,
+        epoch: str,
+    ) -> None:
+        self._engine = engine
+        self._lander = lander
+        self._bounds = bounds
+        self._max_landings = max_landings
+        self._on_failure = on_failure
+        self._header = convert.header_to_wire(worker_id, epoch)
+        self._live: dict[str, _Live] = {}  # by seq_id
+        self._landings: set[asyncio.Task[None]] = set()
+        self._num_landed = 0
+        self._sessions: set[Session[Outcome]] = set()
+        self._is_draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def Decode(
+        self,
+        request_iterator: AsyncIterator[pb.DecodeRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[pb.DecodeResponse]:
+        """See `DecodeService.Decode` in protos/kvrelay/v1/decode.proto."""
+        session = self._open()
+        instructions = converse(request_iterator, session.outbox, partial(self._obey, session))
+        try:
+            async with aclosing(instructions) as batches:
+                async for outcomes in batches:
+                    yield convert.outcomes_to_wire(self._header, outcomes)
+        finally:
+            self._close(session)
+
+    def take_step(self, result: StepResult) -> None:
+        """What an engine step says. Called in the event loop; late news of the gone is dropped."""
+        timings = {timing.seq_id: timing for timing in result.timings}
+        for grant in result.granted:
+            self._lander.granted(grant)
+        for emitted in result.emitted:
+            self._tell(emitted, timings.get(emitted.seq_id))
+
+    def load(self) -> WorkerLoad:
+        """How this worker is now."""
+        load = self._engine.load()
+        return WorkerLoad(
+            free_blocks=load.blocks.free,
+            cached_blocks=load.blocks.cached,
+            held_blocks=load.blocks.held,
+            waiting_sequences=load.waiting,
+            running_sequences=load.running,
+            handoff_holds=self._lander.num_landing,
+            queued_prompt_tokens=load.queued_prompt_tokens,
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+            step_s=load.step_s,
+            handoffs_total=self._num_landed,
+            preemptions_total=load.preemptions_total,
+            is_draining=self._is_draining,
+        )
+
+    def begin_drain(self) -> None:
+        """Take nothing new; each session ends once its last attempt has."""
+        self._is_draining = True
+        for session in self._sessions:
+            self._end_if_drained(session)
+
+    async def drained(self) -> None:
+        """Return once no session is left, and nothing writes into our cache."""
+        await self._idle.wait()
+        await asyncio.gather(*self._landings, return_exceptions=True)
+
+    def _open(self) -> Session[Outcome]:
+        if self._is_draining:
+            raise Draining("this worker is leaving the pool")
+        session: Session[Outcome] = Session(_merged)
+        self._sessions.add(session)
+        self._idle.clear()
+        log.info("session.opened", num_sessions=len(self._sessions))
+        return session
+
+    def _close(self, session: Session[Outcome]) -> None:
+        num_cancelled = len(session.attempts)
+        for attempt in list(session.attempts):
+            self._cancel(session, attempt)
+        self._sessions.discard(session)
+        if not self._sessions:
+            self._idle.set()
+        log.info("session.closed", num_cancelled=num_cancelled)
+
+    def _obey(self, session: Session[Outcome], message: pb.DecodeRequest) -> None:
+        match message.WhichOneof("instruction"):
+            case "submit":
+                self._submit(session, message.submit)
+            case "cancel":
+                self._cancel(session, convert.attempt_from_wire(message.cancel))
+            case _:
+                raise InvalidRequest("instruction", "one of submit or cancel must be given")
+
+    def _submit(self, session: Session[Outcome], message: pb.DecodeSubmit) -> None:
+        # An attempt without a proper name cannot fail by itself: that ends the session.
+        attempt = convert.attempt_from_wire(message)
+        try:
+            self._start(session, convert.submit_from_wire(message, self._bounds))
+        except ServingError as error:
+            session.outbox.put(attempt, Outcome(attempt=attempt, failure=error))
+
+    def _start(self, session: Session[Outcome], submit: convert.Submit) -> None:
+        if self._is_draining:
+            raise Draining("this worker is leaving the pool")
+        attempt = submit.attempt
+        if attempt.seq_id in self._live:
+            raise InvalidRequest("attempt", f"{attempt.number} was submitted before")
+        live = _Live(attempt, session)
+        if submit.source is None:
+            self._engine.submit(submit.request)
+        else:
+            self._require_room()
+            live.is_repeating_first = not submit.request.output_ids
+            live.landing = asyncio.create_task(self._land(live, submit.request, submit.source))
+            self._landings.add(live.landing)
+            live.landing.add_done_callback(self._landing_done)
+        self._live[attempt.seq_id] = live
+        session.attempts.add(attempt)
+
+    def _require_room(self) -> None:
+        queued, limit = len(self._landings), self._max_landings
+        if queued >= limit:
+            raise QueueFull(what="handoffs", queued=queued, limit=limit)
+
+    async def _land(self, live: _Live, request: EngineRequest, source: RemoteHold) -> None:
+        try:
+            await self._lander.land(request, source, partial(self._landed, live))
+        except ServingError as error:
+            self._fail(live, error)
+
+    def _landing_done(self, task: "asyncio.Task[None]") -> None:
+        self._landings.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:  # not a ServingError: our bug, and nobody knows what landed
+            log.critical("landing.bug", exc_info=error)
+            self._on_failure(error)
+
+    def _landed(self, live: _Live, landed: Landed) -> None:
+        live.landed = landed
+        live.landing = None
+        self._num_landed += 1
+
+    def _fail(self, live: _Live, error: ServingError) -> None:
+        log.info("handoff.failed", reason=error.reason, problem=str(error))
+        outcome = Outcome(attempt=live.attempt, failure=error)
+        live.session.outbox.put(live.attempt, outcome)
+        self._end(live)
+
+    def _cancel(self, session: Session[Outcome], attempt: Attempt) -> None:
+        session.outbox.drop(attempt)
+        live = self._live.get(attempt.seq_id)
+        if live is None or live.session is not session:
+            return
+        if live.landing is not None:
+            live.landing.cancel()  # it gives its blocks back when nothing writes to them
+        else:
+            self._engine.release(attempt.seq_id)
+        self._end(live)
+
+    def _tell(self, emitted: Emitted, timing: SequenceTiming | None) -> None:
+        live = self._live.get(emitted.seq_id)
+        if live is None:
+            return
+        position, token_ids = emitted.position, emitted.token_ids
+        if live.is_repeating_first and live.landed is not None:
+            live.is_repeating_first = False
+            position, token_ids = 0, (live.landed.first_token_id, *token_ids)
+        outcome = Outcome(
+            attempt=live.attempt,
+            position=position,
+            token_ids=token_ids,
+            finish=emitted.finish,
+            cost=_cost(live.landed, timing),
+        )
+        live.landed = None
+        live.session.outbox.put(live.attempt, outcome)
+        if emitted.finish is not None:
+            self._end(live)
+
+    def _end(self, live: _Live) -> None:
+        del self._live[live.attempt.seq_id]
+        live.session.end(live.attempt)
+        self._end_if_drained(live.session)
+
+    def _end_if_drained(self, session: Session[Outcome]) -> None:
+        if self._is_draining and not session.attempts:
+            session.outbox.close()
+
+
+def _cost(landed: Landed | None, timing: SequenceTiming | None) -> HandoffCost | PrefillCost | None:
+    """What came before the first token told; None with every later one."""
+    if landed is not None:
+        if timing is None:  # its first token was its last, so it took no step here
+            return landed.cost
+        return replace(landed.cost, join_s=timing.queue_s, first_step_s=timing.prefill_s)
+    if timing is None:
+        return None
+    return PrefillCost(
+        queue_s=timing.queue_s,
+        prefill_s=timing.prefill_s,
+        cached_prompt_tokens=timing.num_cached_tokens,
+    )
+
+
+def _merged(before: Outcome, after: Outcome) -> Outcome:
+    """Two things an attempt has to say, as one."""
+    assert before.position + len(before.token_ids) == after.position or after.failure is not None
+    return Outcome(
+        attempt=before.attempt,
+        position=before.position,
+        token_ids=before.token_ids + after.token_ids,
+        finish=after.finish,
+        cost=before.cost or after.cost,
+        failure=after.failure,
+    )

@@ -1,0 +1,202 @@
+"""A token's KV and logits are a function of its sequence alone, bit for bit.
+
+Not of the rest of the batch, of how the prompt was cut, of the number of threads, nor of
+whether a generated token is computed once or replayed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvrelay.engine.batch import Rows
+from kvrelay.kv.cache import TORCH_DTYPES, KvCache
+from kvrelay.model.runner import LlamaRunner
+from kvrelay.model.spec import ModelSpec, read_spec
+from kvrelay.model.weights import Weights, load_weights
+from tests.support.tiny_model import (
+    generated,
+    prompt,
+    runner_of,
+    table,
+    tiny_spec,
+    tiny_weights,
+    tokens,
+)
+
+REAL_MODEL = Path.home() / ".cache/kvrelay/models/smollm2-135m-instruct"
+
+SPECS: dict[str, Callable[[], ModelSpec]] = {
+    "grouped": tiny_spec,
+    "one-kv-head-of-7": lambda: tiny_spec(
+        hidden_size=56, num_attention_heads=7, num_key_value_heads=1, head_dim=16
+    ),
+    "one-head": lambda: tiny_spec(num_attention_heads=1, num_key_value_heads=1, head_dim=64),
+    "many-heads": lambda: tiny_spec(num_attention_heads=6, num_key_value_heads=6, head_dim=12),
+    "window": lambda: tiny_spec(architectures=["MistralForCausalLM"], sliding_window=70),
+    "qwen3": lambda: tiny_spec(architectures=["Qwen3ForCausalLM"]),
+    "qwen2": lambda: tiny_spec(architectures=["Qwen2ForCausalLM"]),
+}
+
+TINY = [(name, dtype) for name in SPECS for dtype in ("float32", "bfloat16")]
+REAL = pytest.param(
+    ("smollm2", "bfloat16"),
+    marks=[
+        pytest.mark.realmodel,
+        pytest.mark.skipif(not REAL_MODEL.is_dir(), reason=f"no model in {REAL_MODEL}"),
+    ],
+)
+
+NUM_PROMPT = 300
+NUM_OUTPUT = 9
+NUM_TABLE_BLOCKS = 25
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights, and the bits that one sequence must always have."""
+
+    spec: ModelSpec
+    weights: Weights
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    prompt_logits: torch.Tensor
+    output_logits: torch.Tensor  # [NUM_OUTPUT, vocab_size]
+    kv: torch.Tensor  # [num_layers, 2, slots, num_kv_heads, head_dim]
+
+    def tokens(self, seed: int, num_tokens: int) -> tuple[int, ...]:
+        return tokens(seed, num_tokens, self.spec.vocab_size)
+
+
+@pytest.fixture(scope="module", params=[*TINY, REAL], ids=str)
+def model(request: pytest.FixtureRequest) -> Iterator[Model]:
+    name, dtype = request.param
+    if name in SPECS:
+        spec = SPECS[name]()
+        weights = tiny_weights(spec, dtype)
+    else:
+        spec = read_spec(REAL_MODEL)
+        weights = load_weights(REAL_MODEL, spec, dtype=TORCH_DTYPES[dtype])
+    prompt_ids = tokens(1, NUM_PROMPT, spec.vocab_size)
+    output_ids = tokens(2, NUM_OUTPUT, spec.vocab_size)
+    blocks = table(0, NUM_TABLE_BLOCKS)
+    with runner_of(spec, weights) as (runner, cache):
+        (prompt_logits,) = runner.step_logits([prompt(prompt_ids, 0, blocks)])
+        outputs = [
+            runner.step_logits([generated([token], NUM_PROMPT + i, blocks)])[0]
+            for i, token in enumerate(output_ids)
+        ]
+        kv = kv_of(cache, 0)
+    yield Model(spec, weights, prompt_ids, output_ids, prompt_logits, torch.stack(outputs), kv)
+
+
+def kv_of(cache: KvCache, first_block: int) -> torch.Tensor:
+    """What lies in the slots of the sequence whose table begins at `first_block`."""
+    kv = cache.tensor[table(first_block, NUM_TABLE_BLOCKS)].permute(1, 2, 0, 3, 4, 5).flatten(2, 3)
+    return kv[:, :, : NUM_PROMPT + NUM_OUTPUT].clone()
+
+
+def neighbours(
+    runner: LlamaRunner, model: Model, count: int
+) -> tuple[list[Rows], Callable[[int], list[Rows]]]:
+    """Other sequences in blocks of their own: prompts to begin with, and decoding ones."""
+    lengths = [(37 * i * i + 11 * i) % 330 + 1 for i in range(count)]
+    tables = [table(30 + i * 22, 22) for i in range(count)]
+    prompts = [
+        prompt(model.tokens(10 + i, length), 0, tables[i]) for i, length in enumerate(lengths)
+    ]
+
+    def decoding(step: int) -> list[Rows]:
+        rows = [
+            generated(model.tokens(50 + i + step, 1), lengths[i] + step, tables[i])
+            for i in range(count)
+        ]
+        rows.insert(count // 2, prompt(model.tokens(90 + step, 5 + step), 0, table(0 + 394, 2)))
+        return rows
+
+    return prompts, decoding
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("chunk", [1, 7, 15, 16, 17, 64, 100, 256])
+def test_a_prompt_has_the_same_bits_however_it_is_cut(
+    model: Model, chunk: int, num_threads: int
+) -> None:
+    """Chunks may begin anywhere in a block, a tile or a prefix that was there already."""
+    if chunk < 15 and model.spec.vocab_size > 1000:
+        pytest.skip("hundreds of steps of a real model")
+    blocks = table(0, NUM_TABLE_BLOCKS)
+    with runner_of(model.spec, model.weights, num_threads=num_threads) as (runner, cache):
+        for start in range(0, NUM_PROMPT, chunk):
+            part = model.prompt_ids[start : start + chunk]
+            (logits,) = runner.step_logits([prompt(part, start, blocks)])
+        assert torch.equal(logits, model.prompt_logits)
+        assert torch.equal(kv_of(cache, 0)[:, :, :NUM_PROMPT], model.kv[:, :, :NUM_PROMPT])
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
+def test_a_sequence_has_the_same_bits_in_any_company(
+    model: Model, count: int, num_threads: int
+) -> None:
+    """Prefilled beside other prompts in uneven chunks, decoded beside others of any length."""
+    blocks = table(0, NUM_TABLE_BLOCKS)
+    with runner_of(model.spec, model.weights, num_threads=num_threads, num_blocks=400) as (
+        runner,
+        cache,
+    ):
+        prompts, decoding = neighbours(runner, model, count)
+        runner.step_logits([*prompts[::2], prompt(model.prompt_ids[:123], 0, blocks)])
+        rest = prompt(model.prompt_ids[123:], 123, blocks)
+        logits = runner.step_logits([rest, *prompts[1::2]])[0]
+        assert torch.equal(logits, model.prompt_logits)
+        for i, token in enumerate(model.output_ids):
+            ours, others = generated([token], NUM_PROMPT + i, blocks), decoding(i)
+            at = i % (len(others) + 1)
+            logits = runner.step_logits([*others[:at], ours, *others[at:]])[at]
+            assert torch.equal(logits, model.output_logits[i])
+        assert torch.equal(kv_of(cache, 0), model.kv)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_replayed_tokens_have_the_bits_they_had_one_by_one(model: Model, num_threads: int) -> None:
+    """Several generated tokens of one sequence in one step, alone or beside a prompt."""
+    blocks = table(0, NUM_TABLE_BLOCKS)
+    with runner_of(model.spec, model.weights, num_threads=num_threads) as (runner, cache):
+        runner.step_logits([prompt(model.prompt_ids, 0, blocks)])
+        replay = generated(model.output_ids[:4], NUM_PROMPT, blocks)
+        beside = prompt(model.tokens(5, 40), 0, table(30, 3))
+        assert torch.equal(runner.step_logits([beside, replay])[1], model.output_logits[3])
+        replay = generated(model.output_ids[4:], NUM_PROMPT + 4, blocks)
+        assert torch.equal(runner.step_logits([replay])[0], model.output_logits[-1])
+        assert torch.equal(kv_of(cache, 0), model.kv)
+
+
+def test_what_freed_blocks_hold_is_never_seen(model: Model) -> None:
+    """NaN left in every slot not yet written changes no bit."""
+    blocks = table(0, NUM_TABLE_BLOCKS)
+    with runner_of(model.spec, model.weights) as (runner, cache):
+        cache.tensor.fill_(torch.nan)
+        runner.step_logits([prompt(model.prompt_ids[:20], 0, blocks)])
+        (logits,) = runner.step_logits([prompt(model.prompt_ids[20:], 20, blocks)])
+        assert torch.equal(logits, model.prompt_logits)
+        for i, token in enumerate(model.output_ids):
+            (logits,) = runner.step_logits([generated([token], NUM_PROMPT + i, blocks)])
+            assert torch.equal(logits, model.output_logits[i])
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 24, 256])
+def test_the_block_size_changes_no_logits(model: Model, block_size: int) -> None:
+    """Key tiles lie at absolute positions, whatever the blocks."""
+    num_blocks = -(-(NUM_PROMPT + NUM_OUTPUT) // block_size)
+    blocks = table(0, num_blocks)
+    with runner_of(model.spec, model.weights, block_size=block_size, num_blocks=num_blocks) as (
+        runner,
+        _,
+    ):
+        (logits,) = runner.step_logits([prompt(model.prompt_ids, 0, blocks)])
+        assert torch.equal(logits, model.prompt_logits)
+        (logits,) = runner.step_logits([generated(model.output_ids, NUM_PROMPT, blocks)])
+        assert torch.equal(logits, model.output_logits[-1])

@@ -1,0 +1,373 @@
+"""The `kvrelay` command as a person meets it: real processes, real exit statuses."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from kvrelay.store.pull import pull
+from tests.support import tiny_gguf
+from tests.support.deployment import Deployment, deployment, is_idle
+
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
+
+WITHIN_S = 60.0
+QUESTION = "What is the capital of France?"
+DEAD = "127.0.0.1:1"
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out)
+
+
+@asynccontextmanager
+async def kvrelay(*arguments: str | bytes) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A running command; killed if the test leaves it running."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "kvrelay.cli.app", *arguments),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def run(*arguments: str | bytes, stdin: bytes = b"") -> Done:
+    async with kvrelay(*arguments) as process, asyncio.timeout(WITHIN_S):
+        out, err = await process.communicate(stdin)
+        assert process.returncode is not None
+        return Done(process.returncode, out.decode(), err.decode())
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Deployment]:
+    """One prefill and one decode worker that serve the real model."""
+    async with deployment(
+        "smollm2-135m-instruct",
+        log_dir=tmp_path_factory.mktemp("logs"),
+        flags=("--disaggregate", "always"),
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model directory that loads at once and says nothing sensible."""
+    place = tmp_path_factory.mktemp("tiny")
+    gguf = tiny_gguf.write_gguf(place / "tiny.gguf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVRELAY_CACHE_DIR", str(place / "cache"))
+        yield pull(str(gguf)).path
+
+
+def one_line(text: str) -> bool:
+    return text.count("\n") == 1 and text.endswith("\n")
+
+
+@pytest.mark.realmodel
+async def test_the_answer_is_streamed_as_text(real):
+    """
+    The question is put through the chat template, and the text ends with a newline.
+    """
+    done = await run(
+        "generate", QUESTION, "--temperature", "0", "--max-tokens", "24", "--target", real.grpc
+    )
+
+    assert done.status == 0, done.err
+    assert done.out == "The capital of France is Paris.\n"
+
+
+@pytest.mark.realmodel
+async def test_status_shows_the_handoff_that_was_made(real):
+    """
+    Both sides count it, and every worker tells all that the table promises.
+    """
+    before = {w["worker_id"]: w["handoffs_total"] for w in (await status(real))["workers"]}
+    await run("generate", QUESTION, "--max-tokens", "4", "--target", real.grpc)
+    await real.until_idle()
+    pool = await status(real)
+
+    workers = {w["worker_id"]: w for w in pool["workers"]}
+    assert pool["ready"] is True
+    assert set(workers) == {"prefill-0", "decode-0"}
+    for name, worker in workers.items():
+        assert worker["handoffs_total"] == before[name] + 1
+        assert worker["role"] == name.partition("-")[0]
+        assert os.path.exists(f"/proc/{worker['pid']}")
+        blocks = worker["blocks"]
+        assert blocks["free"] + blocks["cached"] + blocks["held"] == blocks["total"]
+        assert {"shm", "stream"} <= set(worker["transports"])
+
+
+async def status(running: Deployment) -> dict:
+    return (await run("status", "--json", "--target", running.grpc)).json
+
+
+@pytest.mark.realmodel
+async def test_status_for_people_has_a_row_per_worker(real):
+    """
+    Without --json it is a table, whole even where the output is no terminal.
+    """
+    done = await run("status", "--target", real.grpc)
+
+    rows = [line.split() for line in done.out.splitlines()]
+    assert {row[0] for row in rows if row} >= {"ready", "worker", "prefill-0", "decode-0"}
+
+
+@pytest.mark.realmodel
+async def test_json_is_one_object_whose_numbers_add_up(real):
+    """
+    Text, tokens, usage and ledger agree with each other.
+    """
+    done = await run("generate", QUESTION, "--json", "--temperature", "0", "--target", real.grpc)
+
+    answer, ledger = done.json, done.json["ledger"]
+    assert one_line(done.out)
+    assert answer["text"] == "The capital of France is Paris."
+    assert answer["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == len(answer["token_ids"])
+    assert ledger["request_id"] == answer["request_id"]
+    assert sum(ledger["ttft_stages"].values()) == pytest.approx(ledger["ttft_s"])
+    assert sum(ledger["gap1_stages"].values()) == pytest.approx(ledger["gap1_s"])
+    assert ledger["transport"] == "shm"
+
+
+@pytest.mark.realmodel
+async def test_the_seed_it_reports_gives_the_same_tokens_again(real):
+    """
+    A sampled answer can be had again, though nobody chose a seed the first time.
+    """
+    sampled = ("generate", "Tell me a story.", "--json", "--max-tokens", "24")
+    first = (await run(*sampled, "--target", real.grpc)).json
+    again = (await run(*sampled, "--seed", str(first["seed"]), "--target", real.grpc)).json
+
+    assert again["token_ids"] == first["token_ids"]
+
+
+@pytest.mark.realmodel
+async def test_a_raw_prompt_from_stdin_is_continued_as_it_stands(real):
+    """
+    `-` reads the prompt, --raw leaves the chat template out, --stop ends before its text.
+    """
+    done = await run(
+        *("generate", "-", "--raw", "--temperature", "0", "--max-tokens", "16"),
+        *("--stop", ",", "--target", real.grpc),
+        stdin=b"one, two, three, four,",
+    )
+
+    assert done.out.strip() == "five"
+
+
+@pytest.mark.realmodel
+async def test_the_ledger_is_drawn_after_the_text_and_by_explain(real):
+    """
+    Every stage is there, right after the answer and later by its id.
+    """
+    drawn = await run("generate", QUESTION, "--temperature", "0", "--ledger", "--target", real.grpc)
+    answer = (await run("generate", QUESTION, "--json", "--target", real.grpc)).json
+    explained = await run("explain", answer["request_id"], "--target", real.grpc)
+
+    assert drawn.out.startswith("The capital of France is Paris.\n")
+    for text in (drawn.out, explained.out):
+        for stage in ("tokenize", "prefill", "first_token_return", "transfer", "first_step"):
+            assert stage in text
+    assert answer["request_id"] in explained.out
+
+
+@pytest.mark.realmodel
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (("hi", "--temperature", "nan"), "temperature"),
+        (("hi", "--temperature", "-1"), "temperature"),
+        (("hi", "--top-p", "0"), "top_p"),
+        (("hi", "--max-tokens", "0"), "max_tokens"),
+        (("hi", "--max-tokens", "100000"), "max_tokens"),
+        (("hi", "--stop", ""), "stop"),
+        (("", "--raw"), "text"),
+        ((b"\xff\xfe",), "PROMPT"),
+    ],
+)
+async def test_a_bad_field_is_named_in_one_line(real, arguments, field):
+    """
+    Status 1, nothing on stdout, and the pool goes on serving.
+    """
+    done = await run("generate", *arguments, "--target", real.grpc)
+
+    assert (done.status, done.out) == (1, "")
+    assert one_line(done.err)
+    assert field in done.err
+    assert (await real.pool()).is_ready
+
+
+@pytest.mark.realmodel
+async def test_ctrl_c_cancels_the_request(real):
+    """
+    The command ends with status 130, and both workers are soon free.
+    """
+    endless = ("generate", "Tell a long story.", "--max-tokens", "4000", "--raw")
+    async with kvrelay(*endless, "--target", real.grpc) as process, asyncio.timeout(WITHIN_S):
+        assert process.stdout is not None
+        await process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+
+        assert await process.wait() == 130
+    await real.until(is_idle, within_s=5.0)
+
+
+@pytest.mark.realmodel
+async def test_a_reader_that_leaves_cancels_the_request(real):
+    """
+    As in `kvrelay generate ... | head`: no stack trace, and nothing goes on computing.
+    """
+    command = (
+        f"{sys.executable} -m kvrelay.cli.app generate 'Tell a long story.' --max-tokens 4000 "
+        f"--target {real.grpc} | head -c 5"
+    )
+    process = await asyncio.create_subprocess_shell(
+        command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(WITHIN_S):
+        out, err = await process.communicate()
+
+    assert (len(out), err) == (5, b"")
+    await real.until(is_idle, within_s=5.0)
+
+
+@pytest.mark.realmodel
+async def test_chat_remembers_until_it_is_reset(real):
+    """
+    The conversation grows with each turn, and /reset forgets it.
+    """
+    turns = f"{QUESTION}\n/reset\n\n{QUESTION}\n/quit\n".encode()
+    done = await run("chat", "--temperature", "0", "--target", real.grpc, stdin=turns)
+
+    assert done.status == 0, done.err
+    assert done.out.count("The capital of France is Paris.") == 2
+
+
+@pytest.mark.realmodel
+async def test_health_is_an_exit_status(real):
+    """
+    0 for what serves; 1 and a line for what does not exist.
+    """
+    assert (await run("health", "--target", real.grpc)).status == 0
+    known = await run("health", "--service", "kvrelay.v1.PoolService", "--target", real.grpc)
+    assert known.status == 0
+    unknown = await run("health", "--service", "nonsense", "--target", real.grpc)
+    assert unknown.status == 1
+    assert one_line(unknown.err)
+
+
+@pytest.mark.parametrize(
+    "command", [("generate", "hi"), ("status",), ("health",), ("explain", "0" * 32), ("chat",)]
+)
+async def test_a_dead_target_says_how_to_start_one(command):
+    """
+    One line and status 1, whatever was asked.
+    """
+    done = await run(*command, "--target", DEAD)
+
+    assert (done.status, done.out) == (1, "")
+    assert done.err == f"error: nothing answers at {DEAD}; start one with: kvrelay up\n"
+
+
+async def test_a_target_that_is_no_address_is_a_usage_error():
+    """
+    Status 2, before anything is dialled.
+    """
+    done = await run("status", "--target", "nonsense")
+
+    assert done.status == 2
+    assert "HOST:PORT" in done.err
+
+
+async def test_a_taken_port_is_named(tiny_model):
+    """
+    `up` starts nothing and says which flag chooses another.
+    """
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = await run("up", "--model", str(tiny_model), "--http-port", str(port))
+
+    assert (done.status, done.out) == (1, "")
+    assert one_line(done.err)
+    assert f"127.0.0.1:{port} is taken" in done.err
+    assert "--http-port" in done.err
+
+
+async def test_a_missing_model_is_named(tmp_path):
+    """
+    `up` says how to get one.
+    """
+    done = await run("up", "--model", str(tmp_path / "nowhere"))
+
+    assert (done.status, done.out) == (1, "")
+    assert one_line(done.err)
+    assert "kvrelay pull" in done.err
+
+
+async def test_a_truncated_model_is_named_with_the_process_that_refused_it(tiny_model, tmp_path):
+    """
+    `up` gives up at once: trying again would not help.
+    """
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = await run("up", "--model", str(broken), "--grpc-port", "0", "--http-port", "0")
+
+    assert (done.status, done.out) == (1, "")
+    assert "model.safetensors" in done.err
+    assert "error: coordinator exited with status 2" in done.err.splitlines()[-1]
+
+
+async def test_a_killed_worker_comes_back_under_its_name(tiny_model, tmp_path):
+    """
+    The same worker_id joins again with a new process and a new epoch, and serves.
+    """
+    async with deployment(tiny_model, log_dir=tmp_path) as running:
+        old = (await running.worker("decode-0")).identity
+        await running.signal("decode-0", signal.SIGKILL)
+        new = (await running.until_restarted("decode-0", old_pid=old.pid)).identity
+        done = await run("generate", "ab", "--raw", "--max-tokens", "4", "--target", running.grpc)
+
+    assert new.epoch != old.epoch
+    assert done.status == 0, done.err
+
+
+async def test_a_killed_coordinator_comes_back_at_its_address(tiny_model, tmp_path):
+    """
+    Its port was chosen at random, yet workers and callers find it again.
+    """
+    async with deployment(tiny_model, log_dir=tmp_path) as running:
+        os.kill(running.coordinator_pid, signal.SIGKILL)
+        async for is_serving in running.client.watch_serving():
+            if is_serving:
+                break
+        done = await run("generate", "ab", "--raw", "--max-tokens", "4", "--target", running.grpc)
+
+    assert done.status == 0, done.err

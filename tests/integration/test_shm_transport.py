@@ -1,0 +1,238 @@
+"""What only `shm` promises: who is passed memory, what is mapped, and when it is let go."""
+
+import asyncio
+import fcntl
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvrelay.errors import HandoffLost, Incompatible, KvCorrupt, PeerUnavailable
+from kvrelay.transfer import manifest
+from kvrelay.transfer.base import RemoteHold
+from kvrelay.transfer.shm import ShmTransport, runs_of
+from kvrelay.transfer.shm_serve import ADDRESS_PREFIX, DescriptorServer
+from kvrelay.types import TransportOffer
+from tests.support.kv_peer import HANDOFF, SMALL, copies_of, open_peer
+
+GOOD = manifest.CacheManifest(worker_id="p", epoch="e", layout=SMALL, num_blocks=4)
+
+
+def remote_at(address: str) -> RemoteHold:
+    return RemoteHold(
+        handoff_id=HANDOFF,
+        worker_id=GOOD.worker_id,
+        epoch=GOOD.epoch,
+        address="",
+        offer=TransportOffer(name="shm", address=address, host=""),
+    )
+
+
+def num_mapped() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:")
+
+
+@contextmanager
+def memory(num_bytes: int, *, sealed: bool) -> Iterator[int]:
+    fd = os.memfd_create("test", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    os.ftruncate(fd, num_bytes)
+    if sealed:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    yield fd
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("said", "num_bytes", "sealed", "error"),
+    [
+        (GOOD, GOOD.num_bytes, False, KvCorrupt),
+        (GOOD, GOOD.num_bytes - 1, True, KvCorrupt),
+        (GOOD, GOOD.num_bytes + 1, True, KvCorrupt),
+        (replace(GOOD, epoch="other"), GOOD.num_bytes, True, HandoffLost),
+        (replace(GOOD, worker_id="other"), GOOD.num_bytes, True, HandoffLost),
+        (
+            replace(GOOD, layout=replace(SMALL, block_size=32), num_blocks=2),
+            GOOD.num_bytes,
+            True,
+            Incompatible,
+        ),
+    ],
+    ids=["unsealed", "short", "long", "other-epoch", "other-worker", "other-layout"],
+)
+async def test_memory_that_is_not_what_was_promised_is_never_mapped(said, num_bytes, sealed, error):
+    """A holder that lies, or is not the one meant, costs a refusal and nothing else."""
+    async with open_peer("shm", worker_id="d") as puller:
+        mapped = num_mapped()
+        with memory(num_bytes, sealed=sealed) as fd:
+            server = DescriptorServer(fd, manifest.encode(said), max_peers=4)
+            with pytest.raises(error):
+                await puller.transport.pull(remote_at(server.address), copies_of([(0, 0)]))
+            server.close()
+        assert num_mapped() == mapped
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "/etc/passwd", "other", ADDRESS_PREFIX + "0" * 32, ADDRESS_PREFIX + "x" * 200],
+)
+async def test_an_address_that_no_holder_has_is_unavailable(address):
+    """Also one that is no abstract name of ours: nothing else is ever dialled."""
+    async with open_peer("shm", worker_id="d") as puller:
+        with pytest.raises(PeerUnavailable):
+            await puller.transport.pull(remote_at(address), copies_of([(0, 0)]))
+
+
+@pytest.mark.parametrize("messages", [[b"\xc1"], [b"x" * 5000], []], ids=["junk", "long", "eof"])
+async def test_a_holder_that_passes_no_descriptor_is_refused(messages):
+    """Whatever it says instead."""
+    address = ADDRESS_PREFIX + "speaks-without-passing"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(b"\0" + address.encode())
+        listener.listen()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                for message in messages:
+                    connection.send(message)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        async with open_peer("shm", worker_id="d") as puller:
+            with pytest.raises((KvCorrupt, PeerUnavailable)):
+                await puller.transport.pull(remote_at(address), copies_of([(0, 0)]))
+        thread.join()
+
+
+async def test_a_holder_that_stands_still_is_unavailable_in_time():
+    """Its kernel accepts, it never answers: the connect timeout ends the wait."""
+    address = ADDRESS_PREFIX + "stands-still"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(b"\0" + address.encode())
+        listener.listen()
+        transport = ShmTransport(worker_id="d", epoch="e", connect_timeout_s=0.05)
+        async with open_peer("shm", transport=transport) as puller:
+            with pytest.raises(PeerUnavailable, match="TimeoutError"):
+                await puller.transport.pull(remote_at(address), copies_of([(0, 0)]))
+
+
+async def test_closing_while_a_peer_is_being_mapped_leaves_nothing():
+    """The pull that comes back with a mapping finds the transport closed, and unmaps."""
+    async with open_peer("shm") as holder, open_peer("shm", worker_id="d") as puller:
+        mapped, num_fds = num_mapped(), len(os.listdir("/proc/self/fd"))
+        pulling = asyncio.create_task(puller.transport.pull(holder.hold(), copies_of([(0, 0)])))
+        await asyncio.sleep(0)  # it has connected, and waits for the descriptor
+        await puller.transport.close()
+        with pytest.raises(PeerUnavailable):
+            await pulling
+        assert num_mapped() == mapped
+        assert len(os.listdir("/proc/self/fd")) <= num_fds
+
+
+@pytest.mark.parametrize("num_turns", range(8))
+async def test_a_pull_cancelled_while_it_connects_leaves_nothing(num_turns):
+    """At whichever of its steps: once both sides closed, no descriptor or mapping is left."""
+    idle = num_mapped(), len(os.listdir("/proc/self/fd"))
+    async with open_peer("shm") as holder, open_peer("shm", worker_id="d") as puller:
+        pulling = asyncio.create_task(puller.transport.pull(holder.hold(), copies_of([(0, 0)])))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        pulling.cancel()
+        await asyncio.wait([pulling])
+        await puller.transport.pull(holder.hold(), copies_of([(1, 1)]))
+        assert puller.block(1) == holder.block(1)
+    assert (num_mapped(), len(os.listdir("/proc/self/fd"))) == idle
+
+
+async def test_a_source_outside_of_the_holders_cache_is_refused():
+    """An announcement of a block that does not exist reads nothing."""
+    async with open_peer("shm") as holder, open_peer("shm", worker_id="d") as puller:
+        with pytest.raises(KvCorrupt, match="block 16"):
+            await puller.transport.pull(holder.hold(), copies_of([(0, 0), (16, 1)]))
+
+
+async def test_the_descriptor_passed_on_cannot_be_written_through():
+    """A puller reads; it never writes into the holder."""
+    async with open_peer("shm") as holder:
+        address = b"\0" + holder.transport.describe().address.encode()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(address)
+            _, (fd,), _, _ = socket.recv_fds(connection, manifest.MAX_MANIFEST_BYTES, 1)
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.pwrite(fd, b"x", 0)
+            os.close(fd)
+
+
+async def test_a_dead_holders_memory_is_unmapped_without_another_pull():
+    """Its pages would otherwise be lost to the machine."""
+    async with open_peer("shm", worker_id="d") as puller:
+        mapped = num_mapped()
+        async with open_peer("shm") as holder:
+            await puller.transport.pull(holder.hold(), copies_of([(0, 0)]))
+        for _ in range(3):  # turns of the loop, for it to see the end of the connection
+            await asyncio.sleep(0)
+        assert num_mapped() == mapped
+
+
+async def test_only_so_many_peers_stay_mapped():
+    """The least recently used goes, and is mapped again when needed."""
+    transport = ShmTransport(worker_id="d", epoch="e", max_peers=2)
+    async with (
+        open_peer("shm", worker_id="a", seed=1) as a,
+        open_peer("shm", worker_id="b", seed=2) as b,
+        open_peer("shm", worker_id="c", seed=3) as c,
+        open_peer("shm", transport=transport) as puller,
+    ):
+        base = num_mapped()
+        for holder, most in ((a, 1), (b, 2), (a, 2), (c, 2), (a, 2), (b, 2)):
+            await puller.transport.pull(holder.hold(), copies_of([(1, 1)]))
+            assert puller.block(1) == holder.block(1)
+            assert num_mapped() == base + most
+
+
+async def test_a_holder_turns_away_more_peers_than_it_has_room_for():
+    """Who is inside stays inside."""
+    holder_transport = ShmTransport(worker_id="prefill-0", epoch="e1", max_peers=1)
+    async with (
+        open_peer("shm", transport=holder_transport) as holder,
+        open_peer("shm", worker_id="d1") as first,
+        open_peer("shm", worker_id="d2") as second,
+    ):
+        await first.transport.pull(holder.hold(), copies_of([(0, 0)]))
+        with pytest.raises(PeerUnavailable):
+            await second.transport.pull(holder.hold(), copies_of([(0, 0)]))
+        await first.transport.pull(holder.hold(), copies_of([(0, 0)]))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=24),
+    st.integers(1, 5),
+)
+def test_runs_are_the_copies_in_order(pairs, max_blocks):
+    """Joining neighbours changes neither what is copied nor the order, and keeps the bound."""
+    runs = runs_of(copies_of(pairs), max_blocks=max_blocks)
+    assert all(1 <= run.num_blocks <= max_blocks for run in runs)
+    spread = [(run.source + i, run.target + i) for run in runs for i in range(run.num_blocks)]
+    assert spread == pairs
+
+
+def test_neighbours_are_one_run():
+    """A whole handoff that lies in one piece on both sides is one copy."""
+    assert len(runs_of(copies_of([(i + 3, i + 9) for i in range(40)]), max_blocks=64)) == 1
+
+
+async def test_bytes_written_by_the_holder_are_seen_without_remapping():
+    """The mapping is the memory itself."""
+    async with open_peer("shm") as holder, open_peer("shm", worker_id="d") as puller:
+        for value in range(5):
+            holder.cache.block_bytes(2)[:] = np.full(SMALL.block_num_bytes, value, np.uint8).data
+            await puller.transport.pull(holder.hold(), copies_of([(2, 7)]))
+            assert puller.block(7) == bytes([value]) * SMALL.block_num_bytes

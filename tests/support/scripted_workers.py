@@ -1,0 +1,217 @@
+"""Workers without a model: real gRPC servers and memberships, tokens from a formula.
+
+The next token is a function of all tokens before it, so a worker that was given the wrong
+prompt, or the wrong emitted tokens, gives wrong tokens. Tests hold a worker back with
+`allow`, and make it fail, vanish or repeat itself.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator
+
+import grpc
+
+from kvrelay.clock import MonotonicClock
+from kvrelay.errors import ServingError
+from kvrelay.rpc import status
+from kvrelay.rpc.membership import Membership
+from kvrelay.types import Role, WorkerIdentity, WorkerLoad
+from kvrelay.v1 import (
+    common_pb2,
+    decode_pb2,
+    decode_pb2_grpc,
+    prefill_pb2,
+    prefill_pb2_grpc,
+)
+from tests.support.members import FINGERPRINT, OFFERS
+
+VOCAB_SIZE = 1000
+
+
+def next_token(token_ids) -> int:
+    digest = hashlib.blake2b(repr(list(token_ids)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") % VOCAB_SIZE
+
+
+def oracle(prompt_ids, num_tokens) -> list[int]:
+    """What any placement of this prompt must answer."""
+    token_ids = list(prompt_ids)
+    for _ in range(num_tokens):
+        token_ids.append(next_token(token_ids))
+    return token_ids[len(prompt_ids) :]
+
+
+class ScriptedWorker:
+    """One worker. `allow(n)` lets it say n more things; without it nothing holds it back."""
+
+    def __init__(self, worker_id, role, *, is_held=False, fingerprint=FINGERPRINT):
+        self.worker_id = worker_id
+        self.role = role
+        self.epoch = "00000000000000e0"
+        self.fingerprint = fingerprint
+        self.submits: list = []
+        self.cancels: list = []
+        self.heard = asyncio.Event()
+        self.fail_with: list[ServingError] = []
+        self.token_offset = 0
+        self.load = WorkerLoad(free_blocks=64)
+        self._permits = asyncio.Semaphore(0 if is_held else 1 << 30)
+        self._sessions: set[asyncio.Task] = set()
+        self._tasks: dict[tuple[str, int], asyncio.Task] = {}
+
+    async def __aenter__(self):
+        self.server = grpc.aio.server()
+        if self.role is Role.PREFILL:
+            prefill_pb2_grpc.add_PrefillServiceServicer_to_server(_Prefill(self), self.server)
+        else:
+            decode_pb2_grpc.add_DecodeServiceServicer_to_server(_Decode(self), self.server)
+        port = self.server.add_insecure_port("127.0.0.1:0")
+        await self.server.start()
+        self.identity = WorkerIdentity(
+            worker_id=self.worker_id,
+            epoch=self.epoch,
+            role=self.role,
+            address=f"127.0.0.1:{port}",
+            pid=1,
+            fingerprint=self.fingerprint,
+            num_blocks=64,
+            max_sequences=8,
+            offers=OFFERS,
+        )
+        self._joining = None
+        return self
+
+    async def __aexit__(self, *_):
+        await self.vanish()
+
+    def join(self, coordinator: str) -> None:
+        self.membership = Membership(
+            identity=self.identity,
+            coordinator=coordinator,
+            load=lambda: self.load,
+            clock=MonotonicClock(),
+        )
+        self._joining = asyncio.create_task(self.membership.run())
+
+    def allow(self, num_messages: int) -> None:
+        for _ in range(num_messages):
+            self._permits.release()
+
+    async def vanish(self) -> None:
+        """As if killed: membership and sessions break off."""
+        if self._joining is not None:
+            self._joining.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ServingError):
+                await self._joining
+            self._joining = None
+        await self.server.stop(None)
+        for task in list(self._tasks.values()):
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def header(self):
+        return common_pb2.ResponseHeader(worker_id=self.worker_id, epoch=self.epoch)
+
+    async def session(self, requests, response_type) -> AsyncIterator:
+        """Answer one coordinator; every message may be held back."""
+        outbox: asyncio.Queue = asyncio.Queue()
+
+        async def read() -> None:
+            async for request in requests:
+                if request.WhichOneof("instruction") == "submit":
+                    self._submit(request.submit, outbox, response_type)
+                else:
+                    self._cancel((request.cancel.request_id, request.cancel.attempt))
+
+        reading = asyncio.create_task(read())
+        try:
+            while True:
+                yield await outbox.get()
+        finally:
+            reading.cancel()
+
+    def _submit(self, submit, outbox, response_type) -> None:
+        self.submits.append(submit)
+        self.heard.set()
+        key = (submit.request_id, submit.attempt)
+        task = asyncio.create_task(self._answer(submit, outbox, response_type))
+        self._tasks[key] = task
+        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+
+    def _cancel(self, key) -> None:
+        self.cancels.append(key)
+        if key in self._tasks:
+            self._tasks[key].cancel()
+
+    async def _answer(self, submit, outbox, response_type) -> None:
+        async for answer in self._messages(submit):
+            await self._permits.acquire()
+            outbox.put_nowait(response_type(header=self.header(), **answer))
+
+    async def _messages(self, submit):
+        ids = {"request_id": submit.request_id, "attempt": submit.attempt}
+        if self.fail_with:
+            failure = status.to_failure(self.fail_with.pop(0))
+            yield {"failed": [common_pb2.FailedAttempt(**ids, failure=failure)]}
+        elif self.role is Role.PREFILL:
+            yield {"prefilled": [self._prefilled(submit, ids)]}
+        else:
+            async for output in self._outputs(submit, ids):
+                yield {"outputs": [output]}
+
+    def _prefilled(self, submit, ids):
+        token_id = next_token(submit.token_ids)
+        return prefill_pb2.Prefilled(
+            **ids,
+            token_id=token_id,
+            finish_reason=_finish(submit, token_id, 1),
+            queue_s=0.001,
+            prefill_s=0.002,
+        )
+
+    async def _outputs(self, submit, ids):
+        token_ids = [*submit.token_ids, *submit.emitted_token_ids]
+        position = len(submit.emitted_token_ids)
+        while True:
+            token_ids.append(next_token(token_ids))
+            position += 1
+            finish = _finish(submit, token_ids[-1], position)
+            output = decode_pb2.SequenceOutput(
+                **ids,
+                position=position - 1,
+                token_ids=[token_ids[-1] + self.token_offset],
+                finish_reason=finish,
+            )
+            if position == len(submit.emitted_token_ids) + 1 and submit.HasField("pull"):
+                output.handoff.transport = submit.pull.offer.name
+                output.handoff.num_bytes = 10
+            yield output
+            if finish:
+                return
+
+
+def _finish(submit, token_id, num_output):
+    if token_id in submit.stop_token_ids:
+        return common_pb2.FINISH_REASON_STOP
+    if num_output >= submit.max_tokens:
+        return common_pb2.FINISH_REASON_LENGTH
+    return common_pb2.FINISH_REASON_UNSPECIFIED
+
+
+class _Prefill(prefill_pb2_grpc.PrefillServiceServicer):
+    def __init__(self, worker):
+        self._worker = worker
+
+    async def Prefill(self, request_iterator, context):
+        async for answer in self._worker.session(request_iterator, prefill_pb2.PrefillResponse):
+            yield answer
+
+
+class _Decode(decode_pb2_grpc.DecodeServiceServicer):
+    def __init__(self, worker):
+        self._worker = worker
+
+    async def Decode(self, request_iterator, context):
+        async for answer in self._worker.session(request_iterator, decode_pb2.DecodeResponse):
+            yield answer

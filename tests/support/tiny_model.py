@@ -1,0 +1,90 @@
+"""Runners over small models of random weights, and the rows to feed them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from kvrelay.engine.batch import Path, Rows
+from kvrelay.kv.cache import TORCH_DTYPES, KvCache
+from kvrelay.model.runner import LlamaRunner, layout_of
+from kvrelay.model.spec import ModelSpec, spec_of
+from kvrelay.model.weights import Weights, random_weights
+from kvrelay.types import BlockId, SamplingParams
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "intermediate_size": 104,
+    "vocab_size": 211,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+GREEDY = SamplingParams()
+
+
+def tiny_spec(**changes: object) -> ModelSpec:
+    return spec_of(CONFIG | changes)
+
+
+def tiny_weights(spec: ModelSpec, dtype: str, *, seed: int = 0) -> Weights:
+    return random_weights(spec, dtype=TORCH_DTYPES[dtype], seed=seed, scale=0.2)
+
+
+@contextmanager
+def runner_of(
+    spec: ModelSpec,
+    weights: Weights,
+    *,
+    num_threads: int = 1,
+    block_size: int = 16,
+    num_blocks: int = 400,
+) -> Iterator[tuple[LlamaRunner, KvCache]]:
+    """A runner and its cache; the thread count is put back at the end."""
+    dtype = str(weights.dtype).removeprefix("torch.")
+    cache = KvCache(layout_of(spec, dtype=dtype, block_size=block_size), num_blocks, shareable=True)
+    before = torch.get_num_threads()
+    try:
+        yield LlamaRunner(spec, weights, cache, num_threads=num_threads), cache
+    finally:
+        torch.set_num_threads(before)
+        cache.close()
+
+
+def table(first: int, num_blocks: int) -> list[BlockId]:
+    """Blocks in descending order, so that nothing may rely on their being consecutive."""
+    return [BlockId(first + num_blocks - 1 - i) for i in range(num_blocks)]
+
+
+def tokens(seed: int, num_tokens: int, vocab_size: int = 211) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(0, vocab_size, (num_tokens,), generator=generator).tolist()
+    return tuple(ids)
+
+
+def prompt(token_ids: Sequence[int], start: int, block_table: Sequence[BlockId]) -> Rows:
+    return Rows(
+        path=Path.PROMPT,
+        token_ids=tuple(token_ids),
+        start=start,
+        block_table=block_table,
+        sample=GREEDY,
+    )
+
+
+def generated(token_ids: Sequence[int], start: int, block_table: Sequence[BlockId]) -> Rows:
+    return Rows(
+        path=Path.GENERATION,
+        token_ids=tuple(token_ids),
+        start=start,
+        block_table=block_table,
+        sample=GREEDY,
+    )

@@ -1,0 +1,399 @@
+"""Whole workers without a model: real engine, cache, transports and gRPC on loopback.
+
+The scripted model keeps its fake KV in the real cache, so what a transport moves is what
+the next step reads, and a block that is missing, stale or of another prompt shows.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import struct
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+from prometheus_client import CollectorRegistry
+
+from decode_svc.landing import Lander, LandingLimits
+from decode_svc.service import DecodeService
+from kvrelay import worker
+from kvrelay.clock import MonotonicClock
+from kvrelay.engine.batch import Path
+from kvrelay.engine.engine import Engine
+from kvrelay.engine.scheduler import StepLimits
+from kvrelay.kv.cache import KvCache
+from kvrelay.kv.layout import KvLayout
+from kvrelay.obs.metrics import WorkerMetrics
+from kvrelay.rpc import convert
+from kvrelay.rpc.channel import open_channel
+from kvrelay.rpc.channels import Channels
+from kvrelay.rpc.server import RpcServer, Service
+from kvrelay.rpc.submit import ModelBounds
+from kvrelay.transfer.base import KvTransport
+from kvrelay.transfer.build import build_transports
+from kvrelay.types import Fingerprint, Role, SamplingParams, TransportOffer
+from kvrelay.v1 import (
+    common_pb2,
+    decode_pb2,
+    decode_pb2_grpc,
+    handoff_pb2,
+    handoff_pb2_grpc,
+    prefill_pb2,
+    prefill_pb2_grpc,
+)
+from prefill_svc.handoff import HandoffService, HoldKeeper
+from prefill_svc.holds import HoldLimits
+from prefill_svc.service import PrefillService
+from tests.support.scripted_model import VOCAB_SIZE, ScriptedModel, Slot, StepGate
+
+BLOCK_SIZE = 4
+CHUNK_TOKENS = 8
+LAYOUT = KvLayout(num_layers=1, block_size=BLOCK_SIZE, num_kv_heads=1, head_dim=4, dtype="float32")
+FINGERPRINT = Fingerprint(model_digest="00", numerics="scripted-v1", layout=LAYOUT)
+BOUNDS = ModelBounds(vocab_size=VOCAB_SIZE, context_tokens=2048)
+LIMITS = StepLimits(budget_tokens=64, max_chunk_tokens=CHUNK_TOKENS, max_sequences=8)
+WAIT_S = 10.0
+
+_SLOT = struct.Struct("<qqqq")
+_ids = itertools.count(1)
+
+
+def new_id() -> str:
+    """32 hex digits nobody else has."""
+    return f"{next(_ids):032x}"
+
+
+class CacheSlots:
+    """The scripted model's slots, kept in the bytes of a cache."""
+
+    def __init__(self, cache: KvCache) -> None:
+        assert cache.layout.block_num_bytes >= cache.layout.block_size * _SLOT.size
+        self._cache = cache
+
+    def __setitem__(self, place: tuple[int, int], slot: Slot) -> None:
+        block, i = place
+        packed = (slot.position + 1, slot.token_id, slot.path is Path.PROMPT, slot.digest)
+        _SLOT.pack_into(self._cache.block_bytes(block), i * _SLOT.size, *packed)
+
+    def get(self, place: tuple[int, int]) -> Slot | None:
+        block, i = place
+        view = self._cache.block_bytes(block)
+        position, token_id, is_prompt, digest = _SLOT.unpack_from(view, i * _SLOT.size)
+        if position == 0:
+            return None
+        return Slot(position - 1, token_id, Path.PROMPT if is_prompt else Path.GENERATION, digest)
+
+
+def scripted(cache: KvCache, gate: StepGate | None = None) -> ScriptedModel:
+    model = ScriptedModel(block_size=cache.layout.block_size, gate=gate)
+    model._slots = CacheSlots(cache)
+    return model
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """What either kind of worker under test is made of."""
+
+    worker_id: str
+    epoch: str
+    cache: KvCache
+    engine: Engine
+    transports: tuple[KvTransport, ...]
+    metrics: WorkerMetrics
+    address: str = ""
+    failures: list[BaseException] = field(default_factory=list)
+
+    def offer(self, name: str) -> TransportOffer:
+        return next(t.describe() for t in self.transports if t.name == name)
+
+    @property
+    def num_held_blocks(self) -> int:
+        return self.engine.load().blocks.held
+
+
+@dataclass(kw_only=True)
+class PrefillBench(Bench):
+    service: PrefillService
+    keeper: HoldKeeper
+
+
+@dataclass(kw_only=True)
+class DecodeBench(Bench):
+    service: DecodeService
+
+
+async def until(condition, timeout_s: float = WAIT_S) -> None:
+    """Wait for what another thread or process does in its own time, and tells nobody."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+@contextlib.asynccontextmanager
+async def _engine_on(
+    role: Role, *, num_blocks: int, limits: StepLimits, gate: StepGate | None, wrap=None, model=None
+) -> AsyncIterator[dict]:
+    """The common parts. At the end: nothing failed, and every block is free or cached."""
+    failures: list[BaseException] = []
+    cache = KvCache(LAYOUT, num_blocks, shareable=True) if model is None else model[1]
+    runner = scripted(cache, gate) if model is None else model[0]
+    bridge = worker.StepBridge(asyncio.get_running_loop(), on_failure=failures.append)
+    engine = worker.make_engine(
+        runner, cache, limits=limits, sink=bridge, on_failure=failures.append,
+        clock=MonotonicClock(),
+    )  # fmt: skip
+    worker_id, epoch = role.value, f"{next(_ids):016x}"
+    transports = build_transports("auto", worker_id=worker_id, epoch=epoch)
+    for transport in transports:
+        transport.register(cache)
+    if wrap is not None:
+        transports = tuple(wrap(transport) for transport in transports)
+    engine.start()
+    parts = {
+        "worker_id": worker_id,
+        "epoch": epoch,
+        "cache": cache,
+        "engine": engine,
+        "transports": transports,
+        "metrics": WorkerMetrics(role, CollectorRegistry()),
+        "failures": failures,
+    }
+    try:
+        yield {"bridge": bridge, "parts": parts}
+    finally:
+        if gate is not None:
+            gate.open()
+        await until(lambda: engine.is_idle or failures)
+        await worker.close(engine, transports, cache)
+    assert not failures, failures
+    engine.check()
+    assert engine.load().blocks.held == 0
+
+
+@contextlib.asynccontextmanager
+async def _serving(bench: Bench, services: Sequence[Service]) -> AsyncIterator[None]:
+    server = RpcServer(listen="127.0.0.1:0", tls=None, insecure=False, services=services)
+    bench.address = await server.start()
+    server.set_serving(True)
+    try:
+        yield
+    finally:
+        await server.stop()
+        await bench.service.drained()
+
+
+@contextlib.asynccontextmanager
+async def prefill_worker(
+    *,
+    num_blocks: int = 64,
+    limits: StepLimits = LIMITS,
+    hold_limits: HoldLimits | None = None,
+    gate: StepGate | None = None,
+    model=None,
+    fingerprint: Fingerprint = FINGERPRINT,
+    bounds: ModelBounds = BOUNDS,
+) -> AsyncIterator[PrefillBench]:
+    """A prefill worker that serves on loopback."""
+    async with _engine_on(
+        Role.PREFILL, num_blocks=num_blocks, limits=limits, gate=gate, model=model
+    ) as made:
+        parts = made["parts"]
+        names = {"worker_id": parts["worker_id"], "epoch": parts["epoch"]}
+        keeper = HoldKeeper(
+            engine=parts["engine"],
+            cache=parts["cache"],
+            limits=hold_limits or HoldLimits(),
+            metrics=parts["metrics"],
+            clock=MonotonicClock(),
+        )
+        service = PrefillService(engine=parts["engine"], keeper=keeper, bounds=bounds, **names)
+        made["bridge"].connect(service.take_step)
+        bench = PrefillBench(service=service, keeper=keeper, **parts)
+        handoffs = HandoffService(keeper, fingerprint=fingerprint, **names)
+        services = [
+            Service(
+                prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
+                service,
+                "kvrelay.v1.PrefillService",
+            ),
+            Service(
+                handoff_pb2_grpc.add_HandoffServiceServicer_to_server,
+                handoffs,
+                "kvrelay.v1.HandoffService",
+            ),
+        ]
+        async with _serving(bench, services):
+            yield bench
+        keeper.close()
+        assert keeper.holds.is_empty
+        keeper.holds.check()
+
+
+@contextlib.asynccontextmanager
+async def decode_worker(
+    *,
+    num_blocks: int = 64,
+    limits: StepLimits = LIMITS,
+    landing_limits: LandingLimits | None = None,
+    max_landings: int = 64,
+    gate: StepGate | None = None,
+    wrap=None,
+    model=None,
+    fingerprint: Fingerprint = FINGERPRINT,
+    bounds: ModelBounds = BOUNDS,
+) -> AsyncIterator[DecodeBench]:
+    """A decode worker that serves on loopback; `wrap` is put around each of its transports."""
+    async with _engine_on(
+        Role.DECODE, num_blocks=num_blocks, limits=limits, gate=gate, wrap=wrap, model=model
+    ) as made:
+        parts = made["parts"]
+        channels = Channels(tls=None)
+        lander = Lander(
+            engine=parts["engine"],
+            cache=parts["cache"],
+            transports=parts["transports"],
+            channels=channels,
+            limits=landing_limits or LandingLimits(),
+            metrics=parts["metrics"],
+            clock=MonotonicClock(),
+            worker_id=parts["worker_id"],
+            fingerprint=fingerprint,
+            bounds=bounds,
+        )
+        service = DecodeService(
+            engine=parts["engine"],
+            lander=lander,
+            bounds=bounds,
+            max_landings=max_landings,
+            on_failure=parts["failures"].append,
+            worker_id=parts["worker_id"],
+            epoch=parts["epoch"],
+        )
+        made["bridge"].connect(service.take_step)
+        bench = DecodeBench(service=service, **parts)
+        services = [
+            Service(
+                decode_pb2_grpc.add_DecodeServiceServicer_to_server,
+                service,
+                "kvrelay.v1.DecodeService",
+            )
+        ]
+        async with _serving(bench, services):
+            yield bench
+        await channels.close()
+
+
+class Session:
+    """A coordinator's end of one session stream."""
+
+    def __init__(self, call, request_type, submit_type) -> None:
+        self.call = call
+        self._request_type = request_type
+        self._submit_type = submit_type
+
+    async def submit(self, **fields) -> None:
+        await self.call.write(self._request_type(submit=self._submit_type(**fields)))
+
+    async def cancel(self, request_id: str, attempt: int = 1) -> None:
+        cancel = common_pb2.CancelAttempt(request_id=request_id, attempt=attempt)
+        await self.call.write(self._request_type(cancel=cancel))
+
+    async def read(self):
+        async with asyncio.timeout(WAIT_S):
+            return await self.call.read()
+
+    async def one_failure(self):
+        """The next message, which must be one failure and nothing else."""
+        message = await self.read()
+        assert len(message.failed) == 1, message
+        return message.failed[0].failure
+
+    async def one_prefilled(self):
+        message = await self.read()
+        assert len(message.prefilled) == 1, message
+        return message.prefilled[0]
+
+    async def outputs(self, request_id: str) -> list[decode_pb2.SequenceOutput]:
+        """All outputs of one request; positions must follow each other, none may fail."""
+        outputs: list[decode_pb2.SequenceOutput] = []
+        while not outputs or not outputs[-1].finish_reason:
+            message = await self.read()
+            assert message is not grpc.aio.EOF
+            assert not message.failed, message.failed
+            outputs += [output for output in message.outputs if output.request_id == request_id]
+        for before, after in itertools.pairwise(outputs):
+            assert before.position + len(before.token_ids) == after.position
+        return outputs
+
+
+@contextlib.asynccontextmanager
+async def prefill_session(bench: Bench) -> AsyncIterator[Session]:
+    async with open_channel(bench.address) as channel:
+        call = prefill_pb2_grpc.PrefillServiceStub(channel).Prefill()
+        yield Session(call, prefill_pb2.PrefillRequest, prefill_pb2.PrefillSubmit)
+        call.cancel()
+
+
+@contextlib.asynccontextmanager
+async def decode_session(bench: Bench) -> AsyncIterator[Session]:
+    async with open_channel(bench.address) as channel:
+        call = decode_pb2_grpc.DecodeServiceStub(channel).Decode()
+        yield Session(call, decode_pb2.DecodeRequest, decode_pb2.DecodeSubmit)
+        call.cancel()
+
+
+@contextlib.asynccontextmanager
+async def handoff_stub(bench: Bench) -> AsyncIterator[handoff_pb2_grpc.HandoffServiceStub]:
+    async with open_channel(bench.address) as channel:
+        yield handoff_pb2_grpc.HandoffServiceStub(channel)
+
+
+SAMPLING = convert.sampling_to_wire(SamplingParams())
+
+
+def prefill_submit(prompt_ids: Sequence[int], **changes) -> dict:
+    """Fields of a `PrefillSubmit`."""
+    fields = {
+        "request_id": new_id(),
+        "attempt": 1,
+        "handoff_id": new_id(),
+        "puller_id": "decode",
+        "token_ids": prompt_ids,
+        "sampling": SAMPLING,
+        "max_tokens": 8,
+    }
+    return {**fields, **changes}
+
+
+def decode_submit(prompt_ids: Sequence[int], **changes) -> dict:
+    """Fields of a `DecodeSubmit` that prefills where it decodes."""
+    fields = {
+        "request_id": new_id(),
+        "attempt": 1,
+        "token_ids": prompt_ids,
+        "sampling": SAMPLING,
+        "max_tokens": 8,
+    }
+    return {**fields, **changes}
+
+
+def pull_of(holder: Bench, handoff_id: str, transport: str, **changes) -> decode_pb2.PullSource:
+    """Where `holder` holds `handoff_id`."""
+    fields = {
+        "handoff_id": handoff_id,
+        "worker_id": holder.worker_id,
+        "epoch": holder.epoch,
+        "address": holder.address,
+        "offer": convert.offer_to_wire(holder.offer(transport)),
+    }
+    return decode_pb2.PullSource(**{**fields, **changes})
+
+
+def pull_request(holder: Bench, handoff_id: str, **changes) -> handoff_pb2.PullRequest:
+    fields = {
+        "handoff_id": handoff_id,
+        "puller_id": "decode",
+        "epoch": holder.epoch,
+        "fingerprint": convert.fingerprint_to_wire(FINGERPRINT),
+    }
+    return handoff_pb2.PullRequest(**{**fields, **changes})

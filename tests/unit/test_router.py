@@ -1,0 +1,195 @@
+"""Where requests go, and why."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.router import Disaggregate, PrefixMap, Router, RouteRequest, RouteRules
+from kvrelay.types import Role, TransportOffer, WorkerLoad
+from tests.support.members import member
+
+P, D = Role.PREFILL, Role.DECODE
+
+
+def router(disaggregate=Disaggregate.ALWAYS, local=8, prefixes=None):
+    rules = RouteRules(disaggregate=disaggregate, local_prefill_max_tokens=local)
+    return Router(rules, prefixes or PrefixMap(max_blocks_per_worker=100))
+
+
+def request(num_prompt=100, hashes=(), avoid=()):
+    return RouteRequest(
+        num_prompt=num_prompt, block_hashes=tuple(hashes), block_size=4, avoid=frozenset(avoid)
+    )
+
+
+def names(placement):
+    prefill = placement.prefill.worker_id if placement.prefill else None
+    return prefill, placement.decode.worker_id
+
+
+def test_the_least_work_ahead_and_the_fewest_sequences_win():
+    """
+    Prompts wait behind prompt tokens, sequences share steps with sequences.
+    """
+    pool = [
+        member("p0", P, load=WorkerLoad(queued_prompt_tokens=500)),
+        member("p1", P, load=WorkerLoad(queued_prompt_tokens=100)),
+        member("d0", D, load=WorkerLoad(running_sequences=3)),
+        member("d1", D, load=WorkerLoad(running_sequences=1)),
+    ]
+
+    assert names(router().place(request(), pool)) == ("p1", "d1")
+
+
+def test_what_was_placed_since_the_last_heartbeat_counts():
+    """
+    A burst between two heartbeats spreads out.
+    """
+    pool = [member("p0", P, placed=(400,)), member("p1", P), member("d0", D)]
+
+    assert names(router().place(request(), pool)) == ("p1", "d0")
+
+
+def test_a_cached_prefix_outweighs_a_short_queue():
+    """
+    96 of 100 tokens cached leave less to do than an idle worker would have.
+    """
+    hashes = [bytes([i]) for i in range(24)]
+    prefixes = PrefixMap(max_blocks_per_worker=100)
+    prefixes.add("p0", hashes)
+    pool = [
+        member("p0", P, load=WorkerLoad(queued_prompt_tokens=50)),
+        member("p1", P),
+        member("d0", D),
+    ]
+
+    placement = router(prefixes=prefixes).place(request(100, hashes), pool)
+
+    assert names(placement) == ("p0", "d0")
+    assert placement.num_prefill_tokens == 4
+
+
+def test_a_short_prompt_skips_the_handoff_in_auto():
+    """
+    The choice and its reason are recorded.
+    """
+    pool = [member("p0", P), member("d0", D)]
+    auto = router(Disaggregate.AUTO, local=8)
+
+    assert names(auto.place(request(8), pool)) == (None, "d0")
+    assert auto.place(request(8), pool).reason == "local: 8 uncached tokens <= 8"
+    assert names(auto.place(request(9), pool)) == ("p0", "d0")
+
+
+def test_a_prompt_mostly_cached_where_it_decodes_skips_the_handoff_in_auto():
+    """
+    What counts is what would have to be computed.
+    """
+    hashes = [bytes([i]) for i in range(24)]
+    prefixes = PrefixMap(max_blocks_per_worker=100)
+    prefixes.add("d0", hashes)
+    pool = [member("p0", P), member("d0", D)]
+
+    placement = router(Disaggregate.AUTO, prefixes=prefixes).place(request(100, hashes), pool)
+
+    assert names(placement) == (None, "d0")
+
+
+def test_always_waits_for_a_prefill_worker_and_never_needs_none():
+    """
+    The operator's word holds also when a pool is empty.
+    """
+    only_decode = [member("d0", D)]
+
+    assert router(Disaggregate.ALWAYS).place(request(), only_decode) is None
+    assert names(router(Disaggregate.NEVER).place(request(), only_decode)) == (None, "d0")
+    assert names(router(Disaggregate.AUTO).place(request(), only_decode)) == (None, "d0")
+
+
+def test_no_decode_worker_means_no_placement():
+    """
+    Every request is decoded somewhere.
+    """
+    assert router(Disaggregate.AUTO).place(request(), [member("p0", P)]) is None
+
+
+def test_a_draining_worker_gets_nothing_new():
+    """
+    It finishes what it has.
+    """
+    pool = [
+        member("p0", P),
+        member("d0", D, load=WorkerLoad(is_draining=True)),
+        member("d1", D, load=WorkerLoad(running_sequences=7)),
+    ]
+
+    assert names(router().place(request(), pool)) == ("p0", "d1")
+
+
+def test_workers_that_lost_this_request_are_taken_only_if_there_is_no_other():
+    """
+    A second try goes elsewhere first.
+    """
+    pool = [member("p0", P), member("d0", D), member("d1", D, load=WorkerLoad(running_sequences=9))]
+
+    assert names(router().place(request(avoid=["d0", "p0"]), pool)) == ("p0", "d1")
+
+
+def test_a_pair_without_a_common_transport_is_not_made():
+    """
+    Shared memory does not reach another host.
+    """
+    near = (TransportOffer(name="shm", address="a", host="h1"),)
+    far = (TransportOffer(name="shm", address="b", host="h2"),)
+    pool = [member("p0", P, offers=near), member("d0", D, offers=far)]
+
+    assert router(Disaggregate.ALWAYS).place(request(), pool) is None
+    assert names(router(Disaggregate.AUTO).place(request(), pool)) == (None, "d0")
+
+
+def test_the_prefix_map_forgets_the_least_recently_used():
+    """
+    Its memory is bounded per worker.
+    """
+    prefixes = PrefixMap(max_blocks_per_worker=2)
+    prefixes.add("d0", [b"a", b"b"])
+    prefixes.add("d0", [b"a", b"c"])
+
+    assert prefixes.match("d0", [b"a", b"b"]) == 1
+    assert prefixes.match("d0", [b"a", b"c"]) == 2
+
+
+WORKERS = st.lists(
+    st.tuples(st.sampled_from([P, D]), st.integers(0, 9), st.integers(0, 900), st.booleans()),
+    max_size=8,
+)
+
+
+@given(WORKERS, st.sampled_from(Disaggregate), st.integers(1, 50))
+def test_a_placement_is_always_one_that_can_serve(workers, disaggregate, num_prompt):
+    """
+    Right roles, nobody draining, handoff exactly when a prefill worker is named.
+    """
+    pool = [
+        member(
+            f"w{i}",
+            role,
+            load=WorkerLoad(
+                running_sequences=running, queued_prompt_tokens=tokens, is_draining=drains
+            ),
+        )
+        for i, (role, running, tokens, drains) in enumerate(workers)
+    ]
+
+    placement = router(disaggregate).place(request(num_prompt), pool)
+
+    able = {m.identity.role for m in pool if m.takes_work}
+    if placement is None:
+        assert D not in able or (disaggregate is Disaggregate.ALWAYS and P not in able)
+        return
+    assert placement.decode.identity.role is D
+    assert placement.decode.takes_work
+    assert (placement.prefill is None) == (placement.offer is None)
+    if placement.prefill is not None:
+        assert disaggregate is not Disaggregate.NEVER
+        assert placement.prefill.identity.role is P
+        assert placement.prefill.takes_work
