@@ -86,6 +86,8 @@ class Lost:
 
     error: ServingError
     worker_id: str
+    is_reported: bool = False
+    """The worker lives and says so itself, perhaps of a peer."""
 
 
 News = FirstToken | Output | Lost
@@ -279,7 +281,8 @@ def _cost_from_wire(output: decode_pb2.SequenceOutput) -> HandoffCost | LocalPre
 
 
 def lost_from_wire(failed: common_pb2.FailedAttempt, worker_id: str) -> Lost:
-    return Lost(error=status.from_failure(failed.failure), worker_id=worker_id)
+    error = status.from_failure(failed.failure)
+    return Lost(error=error, worker_id=worker_id, is_reported=True)
 
 
 def member_to_wire(member: Member, now_s: float) -> pool_pb2.PoolMember:

@@ -155,7 +155,7 @@ class Session:
             while self.phase in (Phase.PREFILLING, Phase.DECODING):
                 news = await self._next(inbox)
                 if isinstance(news, Lost):
-                    self._lost(news)
+                    self._lost(news, placement)
                     continue
                 self._note(news, work, placement, attempt)
                 token_ids, finish = order.accept(news)
@@ -224,10 +224,13 @@ class Session:
         self._ledger.handoff_num_bytes = cost.num_bytes
         self._ledger.overlapped_num_bytes = cost.overlapped_num_bytes
 
-    def _lost(self, news: Lost) -> None:
+    def _lost(self, news: Lost, placement: Placement) -> None:
         """Place it again, unless the losses so far say that this is its end."""
         self._losses.append(news.error)
         self._avoid |= {news.worker_id}
+        if news.is_reported and placement.prefill is not None:
+            # A handoff that failed says nothing of which end was at fault.
+            self._avoid |= {placement.prefill.worker_id, placement.decode.worker_id}
         self._ledger.lost(news.error.reason)
         log.info(
             "request.attempt_lost",

@@ -47,16 +47,23 @@ class Link(Protocol):
 class WorkerLink:
     """One session stream with one worker process.
 
-    `run` lives as long as the worker is a member and ends when the stream breaks or `stop`
-    is called; either way every inbox still open hears `Lost`, once.
+    `run` lives as long as the worker is a member and ends when the stream breaks or it is
+    cancelled; either way every inbox still open hears `Lost`, once. `on_end` is called just
+    before that, so that whoever hears it does not find the worker in the pool again.
     """
 
     def __init__(
-        self, member: Member, *, tls: TlsFiles | None, on_stale: Callable[[], None]
+        self,
+        member: Member,
+        *,
+        tls: TlsFiles | None,
+        on_stale: Callable[[], None],
+        on_end: Callable[[], None],
     ) -> None:
         self._identity = member.identity
         self._tls = tls
         self._on_stale = on_stale
+        self._on_end = on_end
         self._inboxes: dict[AttemptKey, Inbox] = {}
         # Holds at most one submit and one cancel per admitted request.
         self._outbox: asyncio.Queue[Any] = asyncio.Queue()
@@ -132,6 +139,7 @@ class WorkerLink:
 
     def _end(self, error: ServingError) -> None:
         self._ended = error
+        self._on_end()
         inboxes, self._inboxes = self._inboxes, {}
         if inboxes:
             log.warning(
@@ -154,9 +162,8 @@ class Workers:
 
     def add(self, member: Member, on_end: Callable[[], None]) -> None:
         """Open a session with a new member; `on_end` is called when it is over."""
-        link = WorkerLink(member, tls=self._tls, on_stale=self._on_stale)
+        link = WorkerLink(member, tls=self._tls, on_stale=self._on_stale, on_end=on_end)
         task = asyncio.create_task(link.run(), name=f"session {member.worker_id}")
-        task.add_done_callback(lambda _: on_end())
         self._links[_key(member)] = (link, task)
 
     async def remove(self, member: Member) -> None:

@@ -12,6 +12,7 @@ import sys
 from prometheus_client import CollectorRegistry
 
 from decode_svc.config import DecodeConfig
+from decode_svc.holder import HolderClient
 from decode_svc.landing import Lander, LandingLimits
 from decode_svc.service import DecodeService
 from kvrelay import worker
@@ -28,6 +29,7 @@ from kvrelay.v1 import decode_pb2, decode_pb2_grpc
 
 def main() -> None:
     """Run until told to stop."""
+    worker.die_of_signals()
     config = load_settings(DecodeConfig, service="decode", argv=sys.argv[1:])
     epoch = secrets.token_hex(8)
     worker_id = config.worker_id or f"decode-{epoch}"
@@ -62,15 +64,16 @@ async def _serve(config: DecodeConfig, worker_id: str, epoch: str) -> None:
         engine=engine,
         cache=model.cache,
         transports=transports,
-        channels=channels,
-        limits=LandingLimits(
-            batch_num_bytes=config.batch_mib << 20, release_timeout_s=config.release_timeout_s
+        holders=HolderClient(
+            channels,
+            puller_id=worker_id,
+            fingerprint=model.fingerprint,
+            bounds=model.bounds,
+            release_timeout_s=config.release_timeout_s,
         ),
+        limits=LandingLimits(batch_num_bytes=config.batch_mib << 20),
         metrics=metrics,
         clock=clock,
-        worker_id=worker_id,
-        fingerprint=model.fingerprint,
-        bounds=model.bounds,
     )
     service = DecodeService(
         engine=engine,

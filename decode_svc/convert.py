@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from decode_svc.intake import Completion, Intake, SourceBlock
+from decode_svc.intake import Announcement, Completion, Opened, SourceBlock, SourceRun
 from kvrelay.engine.request import EngineRequest, Origin
 from kvrelay.errors import InvalidRequest, KvCorrupt, ServingError
 from kvrelay.rpc import convert, status, submit
@@ -181,24 +181,24 @@ def release_to_wire(
     )
 
 
-def take_announcement(
-    intake: Intake, message: handoff_pb2.PullResponse, bounds: submit.ModelBounds
-) -> None:
-    """Tell `intake` what the holder said. Raises KvCorrupt if it makes no sense."""
+def announcement_from_wire(
+    message: handoff_pb2.PullResponse, bounds: submit.ModelBounds
+) -> Announcement:
+    """Raises KvCorrupt if it makes no sense."""
     match message.WhichOneof("event"):
         case "opened":
-            intake.opened(message.opened.num_tokens, message.opened.num_blocks)
+            return Opened(message.opened.num_tokens, message.opened.num_blocks)
         case "blocks":
             run = message.blocks
-            blocks = [
+            blocks = (
                 SourceBlock(BlockId(block.block_id), block.generation, block.digest)
                 for block in run.blocks
-            ]
-            intake.announce(run.first_index, blocks)
+            )
+            return SourceRun(run.first_index, tuple(blocks))
         case "complete":
             last = message.complete
             if last.first_token_id >= bounds.vocab_size:
                 raise KvCorrupt(f"first token is outside [0, {bounds.vocab_size})")
-            intake.complete(Completion(last.first_token_id, last.num_tokens, last.digest))
+            return Completion(last.first_token_id, last.num_tokens, last.digest)
         case _:
             raise KvCorrupt("announcement of an unknown kind")

@@ -51,12 +51,31 @@ class SourceBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class Opened:
+    """How large the handoff is."""
+
+    num_tokens: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRun:
+    """Blocks that follow those announced before."""
+
+    first_index: int
+    blocks: tuple[SourceBlock, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """The holder's last word."""
 
     first_token_id: int
     num_tokens: int
     digest: bytes
+
+
+Announcement = Opened | SourceRun | Completion
 
 
 class Intake:
@@ -116,6 +135,16 @@ class Intake:
         return tuple(block.digest for block in self.announced)
 
     # What the holder says
+
+    def heard(self, announcement: Announcement) -> None:
+        """Raises KvCorrupt: it does not follow what was announced before."""
+        match announcement:
+            case Opened():
+                self.opened(announcement.num_tokens, announcement.num_blocks)
+            case SourceRun():
+                self.announce(announcement.first_index, announcement.blocks)
+            case Completion():
+                self.complete(announcement)
 
     def opened(self, num_tokens: int, num_blocks: int) -> None:
         """Raises KvCorrupt: it holds something else than our prompt."""

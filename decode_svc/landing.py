@@ -11,36 +11,28 @@ transport has stopped writing, which its `pull` promises once it has returned or
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
-import grpc
 import structlog
 
-from decode_svc import convert
 from decode_svc.convert import HandoffCost
+from decode_svc.holder import HolderClient
 from decode_svc.intake import Intake, IntakeState
 from kvrelay.clock import Clock
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import EngineRequest, Granted
 from kvrelay.errors import (
-    HandoffLost,
     Incompatible,
     KvCorrupt,
     KvPoolExhausted,
-    NotFound,
-    PeerUnavailable,
     ServingError,
 )
 from kvrelay.kv.cache import KvCache
 from kvrelay.obs.metrics import WorkerMetrics
-from kvrelay.rpc.channels import Channels
-from kvrelay.rpc.status import from_grpc
-from kvrelay.rpc.submit import ModelBounds
 from kvrelay.transfer.base import BlockCopy, KvTransport, RemoteHold
 from kvrelay.transfer.digest import block_digest, handoff_digest
-from kvrelay.types import BlockId, Fingerprint
-from kvrelay.v1 import handoff_pb2_grpc as pb_grpc
+from kvrelay.types import BlockId
 
 log = structlog.get_logger(__name__)
 
@@ -51,9 +43,6 @@ class LandingLimits:
 
     batch_num_bytes: int = 32 << 20
     """Most bytes fetched between two looks at what else has been announced."""
-
-    release_timeout_s: float = 10.0
-    """A holder that does not answer the release for so long is given up."""
 
 
 @dataclass(slots=True, eq=False)
@@ -98,24 +87,18 @@ class Lander:
         engine: Engine,
         cache: KvCache,
         transports: Sequence[KvTransport],
-        channels: Channels,
+        holders: HolderClient,
         limits: LandingLimits,
         metrics: WorkerMetrics,
         clock: Clock,
-        worker_id: str,
-        fingerprint: Fingerprint,
-        bounds: ModelBounds,
     ) -> None:
         self._engine = engine
         self._cache = cache
         self._transports: Mapping[str, KvTransport] = {t.name: t for t in transports}
-        self._channels = channels
+        self._holders = holders
         self._limits = limits
         self._metrics = metrics
         self._clock = clock
-        self._worker_id = worker_id
-        self._fingerprint = fingerprint
-        self._bounds = bounds
         self._landings: dict[str, _Landing] = {}  # by seq_id
 
     @property
@@ -150,18 +133,16 @@ class Lander:
         self._require_fits(request)
         landing = self._landings[request.seq_id] = self._begin(request, source)
         try:
-            async with self._channels.use(source.address) as channel:
-                stub = pb_grpc.HandoffServiceStub(channel)
-                async with self._listening(landing, stub):
-                    await self._fetch(landing, transport)
-                    landed = await self._release(landing, stub, transport.name)
-                    # Nothing is awaited from the holder's word to the join.
-                    on_landed(landed)
-                    self._engine.join(request.seq_id, (landed.first_token_id,))
-                    landing.intake.joined()
-        except grpc.aio.AioRpcError as error:
-            raise _lost(from_grpc(error), source) from error
-        except KvCorrupt:
+            async with self._listening(landing):
+                await self._fetch(landing, transport)
+                landed = await self._release(landing, transport.name)
+                # Nothing is awaited from the holder's word to the join.
+                on_landed(landed)
+                self._engine.join(request.seq_id, (landed.first_token_id,))
+                landing.intake.joined()
+        except KvCorrupt as error:
+            if landing.lost not in (None, error):
+                raise landing.lost from error  # it lapsed: the bytes may well be another's
             self._metrics.kv_corrupt.inc()
             raise
         finally:
@@ -199,36 +180,25 @@ class Lander:
         return transport
 
     @asynccontextmanager
-    async def _listening(
-        self, landing: _Landing, stub: "pb_grpc.HandoffServiceAsyncStub"
-    ) -> AsyncIterator[None]:
-        """Hear the holder's announcements meanwhile. The open stream tells it that we live."""
-        listener = asyncio.create_task(self._listen(landing, stub))
+    async def _listening(self, landing: _Landing) -> AsyncIterator[None]:
+        """Hear the holder's announcements meanwhile. Listening tells it that we live."""
+        listener = asyncio.create_task(self._listen(landing))
         try:
             yield
         finally:
             listener.cancel()
             await asyncio.gather(listener, return_exceptions=True)
 
-    async def _listen(self, landing: _Landing, stub: "pb_grpc.HandoffServiceAsyncStub") -> None:
-        request = convert.pull_to_wire(
-            landing.source, puller_id=self._worker_id, fingerprint=self._fingerprint
-        )
+    async def _listen(self, landing: _Landing) -> None:
         try:
-            async for message in stub.Pull(request):
-                convert.take_announcement(landing.intake, message, self._bounds)
-                self._note_completion(landing)
-                landing.changed.set()
+            async with aclosing(self._holders.announcements(landing.source)) as announcements:
+                async for announcement in announcements:
+                    landing.intake.heard(announcement)
+                    self._note_completion(landing)
+                    landing.changed.set()
             landing.intake.require_complete()
-        except grpc.aio.AioRpcError as error:
-            landing.lost = _lost(from_grpc(error), landing.source)
         except ServingError as error:
             landing.lost = error
-        except asyncio.CancelledError:
-            # By us, or by gRPC because the channel was closed under the call.
-            landing.lost = PeerUnavailable(f"the channel to {landing.source.worker_id} was closed")
-            raise
-        finally:
             landing.changed.set()
 
     def _note_completion(self, landing: _Landing) -> None:
@@ -262,16 +232,11 @@ class Lander:
         digests = await asyncio.to_thread(self._digests_of, [copy.target for copy in batch])
         landing.intake.verify(batch, digests)
 
-    async def _release(
-        self, landing: _Landing, stub: "pb_grpc.HandoffServiceAsyncStub", transport: str
-    ) -> Landed:
+    async def _release(self, landing: _Landing, transport: str) -> Landed:
         """The fence. Bytes that landed before it are usable only after it."""
         intake, source = landing.intake, landing.source
         verified_s = self._clock.now()
-        message = convert.release_to_wire(
-            source, puller_id=self._worker_id, generations=intake.generations
-        )
-        await stub.Release(message, timeout=self._limits.release_timeout_s)
+        await self._holders.release(source, intake.generations)
         block_num_bytes = self._cache.layout.block_num_bytes
         cost = HandoffCost(
             transfer_s=landing.landed_s - landing.completed_s,
@@ -309,15 +274,3 @@ class Lander:
             prompt_ids=landing.request.prompt_ids,
             block_digests=landing.intake.digests,
         )
-
-
-def _lost(error: ServingError, source: RemoteHold) -> ServingError:
-    """What a holder's refusal means here: whatever it no longer knows is a lost handoff."""
-    is_other_epoch = isinstance(error, Incompatible) and "epoch" in error.details
-    if is_other_epoch or isinstance(error, NotFound):
-        return HandoffLost(
-            f"{source.worker_id} does not hold {source.handoff_id}: {error}",
-            handoff_id=source.handoff_id,
-            worker_id=source.worker_id,
-        )
-    return error

@@ -22,7 +22,7 @@ from decode_svc.convert import HandoffCost, Outcome, PrefillCost
 from decode_svc.landing import Landed, Lander
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import Emitted, EngineRequest, SequenceTiming, StepResult
-from kvrelay.errors import Draining, InvalidRequest, QueueFull, ServingError
+from kvrelay.errors import Cancelled, Draining, InvalidRequest, QueueFull, ServingError
 from kvrelay.rpc.session import Attempt, Session, converse
 from kvrelay.rpc.submit import ModelBounds
 from kvrelay.transfer.base import RemoteHold
@@ -204,11 +204,15 @@ class DecodeService(pb_grpc.DecodeServiceServicer):
             self._on_failure(error)
 
     def _landed(self, live: _Live, landed: Landed) -> None:
+        if self._live.get(live.attempt.seq_id) is not live:
+            raise Cancelled("called off while it landed")
         live.landed = landed
         live.landing = None
         self._num_landed += 1
 
     def _fail(self, live: _Live, error: ServingError) -> None:
+        if self._live.get(live.attempt.seq_id) is not live:
+            return  # called off meanwhile: nobody wants to know
         log.info("handoff.failed", reason=error.reason, problem=str(error))
         outcome = Outcome(attempt=live.attempt, failure=error)
         live.session.outbox.put(live.attempt, outcome)

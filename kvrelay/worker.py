@@ -122,6 +122,12 @@ class LoadedModel:
     bounds: ModelBounds
 
 
+def die_of_signals() -> None:
+    """Until `serve` drains on them there is nothing to save, and nobody wants a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def load_model(settings: WorkerSettings, clock: Clock) -> LoadedModel:
     """Load and warm up. Takes seconds; the caller closes the cache.
 
@@ -288,6 +294,8 @@ async def serve(
         with suppress(TimeoutError):
             async with asyncio.timeout(settings.drain_s):
                 await service.drained()
+        # The pool forgets us last, when the ends of our sessions have been sent.
+        await server.drain(1.0)
         await membership.leave()
     finally:
         joining.cancel()

@@ -21,13 +21,15 @@ from kvrelay.transfer.build import build_transports
 from kvrelay.types import Role, WorkerIdentity
 from kvrelay.v1 import handoff_pb2, handoff_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from prefill_svc.config import PrefillConfig
-from prefill_svc.handoff import HandoffService, HoldKeeper
+from prefill_svc.handoff import HandoffService
 from prefill_svc.holds import HoldLimits
+from prefill_svc.keeper import HoldKeeper
 from prefill_svc.service import PrefillService
 
 
 def main() -> None:
     """Run until told to stop."""
+    worker.die_of_signals()
     config = load_settings(PrefillConfig, service="prefill", argv=sys.argv[1:])
     epoch = secrets.token_hex(8)
     worker_id = config.worker_id or f"prefill-{epoch}"

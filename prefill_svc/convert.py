@@ -9,7 +9,7 @@ from kvrelay.rpc import convert, status, submit
 from kvrelay.rpc.session import Attempt
 from kvrelay.types import Fingerprint, FinishReason
 from kvrelay.v1 import common_pb2, handoff_pb2, prefill_pb2
-from prefill_svc.holds import AnnouncedBlock, Hold
+from prefill_svc.keeper import Announcement, BlockRun, Completed, Frame, Opened
 
 MAX_READ_INDEXES = 4096
 
@@ -121,30 +121,32 @@ def _prefilled_to_wire(outcome: Outcome) -> prefill_pb2.Prefilled:
     )
 
 
-def opened_to_wire(hold: Hold) -> handoff_pb2.PullResponse:
-    return handoff_pb2.PullResponse(
-        opened=handoff_pb2.PullOpened(num_tokens=hold.num_tokens, num_blocks=hold.num_blocks)
-    )
-
-
-def blocks_to_wire(first_index: int, blocks: Sequence[AnnouncedBlock]) -> handoff_pb2.PullResponse:
-    return handoff_pb2.PullResponse(
-        blocks=handoff_pb2.PullBlocks(
-            first_index=first_index,
-            blocks=[
+def announcement_to_wire(event: Announcement) -> handoff_pb2.PullResponse:
+    match event:
+        case Opened():
+            opened = handoff_pb2.PullOpened(
+                num_tokens=event.num_tokens, num_blocks=event.num_blocks
+            )
+            return handoff_pb2.PullResponse(opened=opened)
+        case BlockRun():
+            blocks = [
                 handoff_pb2.HeldBlock(
                     block_id=block.block_id, generation=block.generation, digest=block.digest
                 )
-                for block in blocks
-            ],
-        )
-    )
+                for block in event.blocks
+            ]
+            run = handoff_pb2.PullBlocks(first_index=event.first_index, blocks=blocks)
+            return handoff_pb2.PullResponse(blocks=run)
+        case Completed():
+            complete = handoff_pb2.PullComplete(
+                first_token_id=event.first_token_id,
+                num_tokens=event.num_tokens,
+                digest=event.digest,
+            )
+            return handoff_pb2.PullResponse(complete=complete)
 
 
-def complete_to_wire(hold: Hold, digest: bytes) -> handoff_pb2.PullResponse:
-    assert hold.first_token_id is not None
-    return handoff_pb2.PullResponse(
-        complete=handoff_pb2.PullComplete(
-            first_token_id=hold.first_token_id, num_tokens=hold.num_tokens, digest=digest
-        )
+def frame_to_wire(frame: Frame) -> handoff_pb2.ReadResponse:
+    return handoff_pb2.ReadResponse(
+        index=frame.index, offset_bytes=frame.offset_bytes, data=frame.data
     )

@@ -76,6 +76,11 @@ class Hold:
     """Leading blocks whose content is final."""
 
     announced: list[AnnouncedBlock] = field(default_factory=list)
+    """Forgotten when the hold ends."""
+
+    released_generations: tuple[int, ...] = ()
+    """What a release that is repeated must say again."""
+
     first_token_id: int | None = None
     num_pulls: int = 0
     """Pullers connected now."""
@@ -259,19 +264,21 @@ class Holds:
         ended = self._ended.get(handoff_id)
         if ended is not None and ended.state is HoldState.RELEASED:
             ended.require_puller(puller_id)
-            _require_equal(handoff_id, "told", generations, _generations_of(ended))
+            _require_equal(handoff_id, "told", generations, ended.released_generations)
             return None
         hold = self.find(handoff_id, puller_id)
         if hold.state is not HoldState.COMPLETE:
             raise HandoffLost(
                 f"handoff {handoff_id} is still being computed", handoff_id=handoff_id
             )
-        _require_equal(handoff_id, "told", generations, _generations_of(hold))
+        told = [block.generation for block in hold.announced]
+        _require_equal(handoff_id, "told", generations, told)
         # The engine keeps the blocks of a living hold, so this can only fail by our own bug;
         # then a refusal costs one prefill, and silence would cost a wrong token.
         now = [current(block) for block in hold.block_table]
         _require_equal(handoff_id, "now", generations, now)
         hold.state = HoldState.RELEASED
+        hold.released_generations = tuple(generations)
         self.num_released += 1
         self._end(hold)
         return hold
@@ -339,12 +346,9 @@ class Holds:
         del self._holds[hold.handoff_id]
         self._ended[hold.handoff_id] = hold
         hold.prompt_ids = ()
+        hold.announced = []
         if len(self._ended) > self._limits.max_remembered:
             self._ended.popitem(last=False)
-
-
-def _generations_of(hold: Hold) -> list[int]:
-    return [block.generation for block in hold.announced]
 
 
 def _require_equal(handoff_id: str, what: str, theirs: Sequence[int], ours: Sequence[int]) -> None:

@@ -27,8 +27,8 @@ from kvrelay.v1 import prefill_pb2 as pb
 from kvrelay.v1 import prefill_pb2_grpc as pb_grpc
 from prefill_svc import convert
 from prefill_svc.convert import Outcome
-from prefill_svc.handoff import HoldKeeper
 from prefill_svc.holds import Hold
+from prefill_svc.keeper import HoldKeeper
 
 log = structlog.get_logger(__name__)
 

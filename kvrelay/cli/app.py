@@ -5,6 +5,8 @@ not wait for gRPC, and torch is never loaded in this process.
 """
 
 import importlib.metadata
+import io
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -289,6 +291,9 @@ def _root(
 
 def main() -> None:
     """The entry point of the `kvrelay` script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to fail
     app()
 
 

@@ -220,7 +220,6 @@ class Engine:
         return StepResult(
             emitted=outcome.emitted,
             chunks=outcome.chunks,
-            granted=self._scheduler.grant(),
             timings=tuple(timing for timing in timings if timing is not None),
         )
 

@@ -144,5 +144,4 @@ class Sequence:
         """Back to tokens only, to be computed here. The blocks must be released already."""
         self.block_table = []
         self.num_computed = 0
-        self.num_published = 0
         self.origin = Origin.COMPUTE

@@ -43,6 +43,6 @@ def open_gguf(file: GgufFile) -> Stored:
         part = name[name.find(".attn_") :]
         if file.arch == "llama" and part in heads:
             values = gguf_weights.unpermute(values, heads[part])
-        return torch.from_numpy(values)
+        return torch.from_numpy(values if values.flags.writeable else values.copy())
 
     return {hf_name: (file.path.name, partial(read, name)) for name, hf_name in names.items()}

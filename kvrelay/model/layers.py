@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from kvrelay.model.spec import RopeSpec
 
-ROW_MULTIPLE = {torch.bfloat16: 1, torch.float32: 8}
-"""Rows that `linear` must be given at a time. Measured: float32 products keep a row's bits
-for multiples of 8 rows, bfloat16 products always."""
+ROW_MULTIPLE = {torch.bfloat16: 2, torch.float32: 8}
+"""Rows that `linear` must be given at a time. Measured: a float32 product keeps a row's bits
+for multiples of 8 rows; a bfloat16 product for any number above one, and a single row is
+summed in another order."""
 
 _TABLE_MULTIPLE = 256
 

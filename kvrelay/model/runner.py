@@ -10,6 +10,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from kvrelay.model.attention import (
     GenerationPlan,
     PagedAttention,
     PromptPlan,
+    Slots,
     num_tiles_seen,
     slots_of,
 )
@@ -50,6 +52,13 @@ class StepPlan:
     prompts: tuple[PromptPlan, ...]
     last_row: tuple[int, ...]
     """Where the last row of each of the batch's `Rows` is."""
+
+
+class _Row(NamedTuple):
+    position: int
+    token_id: int
+    run: int
+    """Which of the batch's `Rows` it belongs to."""
 
 
 class LlamaRunner:
@@ -118,58 +127,63 @@ class LlamaRunner:
         return _finite(logits[: len(indexes)])
 
     def _plan(self, batch: Sequence[Rows]) -> StepPlan:
-        token_ids: list[int] = []
-        slots: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
-        positions: list[int] = []
-        last_row = [0] * len(batch)
-
-        generated = [
-            (run.start + offset, i, offset)
+        generated = sorted(
+            (
+                _Row(run.start + offset, token_id, i)
+                for i, run in enumerate(batch)
+                if run.path is engine_batch.Path.GENERATION
+                for offset, token_id in enumerate(run.token_ids)
+            ),
+            key=lambda row: num_tiles_seen(row.position),
+            reverse=True,
+        )
+        prompted = [
+            _Row(run.start + offset, token_id, i)
             for i, run in enumerate(batch)
-            if run.path is engine_batch.Path.GENERATION
-            for offset in range(len(run.token_ids))
+            if run.path is engine_batch.Path.PROMPT
+            for offset, token_id in enumerate(run.token_ids)
         ]
-        generated.sort(key=lambda row: num_tiles_seen(row[0]), reverse=True)
-        tables: list[Sequence[int]] = []
-        for position, i, offset in generated:
-            if offset == len(batch[i].token_ids) - 1:
-                last_row[i] = len(token_ids)
-            token_ids.append(batch[i].token_ids[offset])
-            positions.append(position)
-            tables.append(batch[i].block_table)
-        generation = self._attention.plan_generation(tables, positions) if generated else None
-        slots += [
-            slots_of(self.layout, table, np.asarray([position]))
-            for table, position in zip(tables, positions, strict=True)
-        ]
-
-        prompts: list[PromptPlan] = []
-        for i, run in enumerate(batch):
-            if run.path is not engine_batch.Path.PROMPT:
-                continue
-            num_rows = len(run.token_ids)
-            prompts.append(
-                self._attention.plan_prompt(
-                    run.block_table, start=run.start, num_rows=num_rows, first=len(token_ids)
-                )
-            )
-            run_positions = np.arange(run.start, run.start + num_rows)
-            slots.append(slots_of(self.layout, run.block_table, run_positions))
-            token_ids += run.token_ids
-            positions += run_positions.tolist()
-            last_row[i] = len(token_ids) - 1
-
-        num_rows = len(token_ids)
-        padding = [0] * (layers.padded_rows(num_rows, self._dtype) - num_rows)
+        rows = generated + prompted
+        row_of = {(row.run, row.position): at for at, row in enumerate(rows)}
+        last_row = [row_of[i, run.start + len(run.token_ids) - 1] for i, run in enumerate(batch)]
+        padding = [0] * (layers.padded_rows(len(rows), self._dtype) - len(rows))
         return StepPlan(
-            token_ids=torch.tensor(token_ids + padding),
-            positions=torch.tensor(positions + padding),
-            num_rows=num_rows,
-            write_slots=self._attention.write_slots(np.concatenate(slots)),
-            generation=generation,
-            prompts=tuple(prompts),
+            token_ids=torch.tensor([*(row.token_id for row in rows), *padding]),
+            positions=torch.tensor([*(row.position for row in rows), *padding]),
+            num_rows=len(rows),
+            write_slots=self._attention.write_slots(self._slots(batch, rows)),
+            generation=self._plan_generation(batch, generated),
+            prompts=tuple(
+                self._attention.plan_prompt(
+                    run.block_table,
+                    start=run.start,
+                    num_rows=len(run.token_ids),
+                    first=row_of[i, run.start],
+                )
+                for i, run in enumerate(batch)
+                if run.path is engine_batch.Path.PROMPT
+            ),
             last_row=tuple(last_row),
         )
+
+    def _plan_generation(
+        self, batch: Sequence[Rows], rows: Sequence[_Row]
+    ) -> GenerationPlan | None:
+        if not rows:
+            return None
+        return self._attention.plan_generation(
+            [batch[row.run].block_table for row in rows], [row.position for row in rows]
+        )
+
+    def _slots(self, batch: Sequence[Rows], rows: Sequence[_Row]) -> Slots:
+        """Where the K of each row goes, in layer 0."""
+        slots = np.empty(len(rows), dtype=np.int64)
+        runs = np.fromiter((row.run for row in rows), dtype=np.int64, count=len(rows))
+        positions = np.fromiter((row.position for row in rows), dtype=np.int64, count=len(rows))
+        for i, run in enumerate(batch):
+            ours = runs == i
+            slots[ours] = slots_of(self.layout, run.block_table, positions[ours])
+        return slots
 
 
 class _Paged:

@@ -131,8 +131,8 @@ class Keeper:
         """One life, to its exit status."""
         self._child = await Child.spawn(self.argv(), env=os.environ)
         try:
-            if self._stopping.is_set():  # asked while it was being started
-                self._child.signal(signal.SIGTERM)
+            if self._stopping.is_set():  # asked while it was being started: it has nothing yet
+                self._child.signal(signal.SIGKILL)
             return await self._child.live(on_line=self._hear, on_ready=self._listens)
         finally:
             self._child.signal(signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Mapping
@@ -17,6 +18,10 @@ MAX_RUNS = 20
 _TAIL_LINES = 20
 _LOUD = frozenset({"warning", "error", "critical"})
 _LOUD_AT_THE_END = _LOUD - {"warning"}
+_NATIVE = re.compile(r"([IWEF])\d{4} \d\d:\d\d:\d\d\.")
+"""How gRPC's core opens its lines: severity, month and day, time."""
+
+_NATIVE_LEVELS = {"I": "info", "W": "warning", "E": "error", "F": "critical"}
 _HIDDEN = frozenset({"event", "level", "timestamp", "service", "worker_id", "role", "epoch"})
 
 
@@ -71,10 +76,10 @@ def is_loud(line: str, *, is_ending: bool = False) -> bool:
 
     While a deployment ends, its processes miss each other, and their warnings say nothing.
     """
-    event = _parse(line)
-    if event is None:
+    level = _level(line)
+    if level is None:
         return bool(line.strip())
-    return str(event.get("level")) in (_LOUD_AT_THE_END if is_ending else _LOUD)
+    return level in (_LOUD_AT_THE_END if is_ending else _LOUD)
 
 
 def for_people(line: str) -> str:
@@ -86,6 +91,13 @@ def for_people(line: str) -> str:
     fields = "".join(f" {k}={v}" for k, v in event.items() if k not in _HIDDEN)
     text = f"{event.get('level', 'info')} {event.get('event')}{fields}"
     return f"{text}\n{stack}" if stack else text
+
+
+def _level(line: str) -> str | None:
+    if native := _NATIVE.match(line):
+        return _NATIVE_LEVELS[native[1]]
+    event = _parse(line)
+    return None if event is None else str(event.get("level"))
 
 
 def _parse(line: str) -> dict[str, Any] | None:

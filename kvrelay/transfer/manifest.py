@@ -7,7 +7,7 @@ were checked, because the next thing done with it is a mapping.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 
 from kvrelay.errors import Incompatible, KvCorrupt
 from kvrelay.kv.layout import DTYPE_NUM_BYTES, KvLayout

@@ -51,6 +51,9 @@ class DescriptorServer:
         # Given up for a moment to turn a peer away when the process has no descriptor left;
         # a connection that cannot be accepted would wake the thread for ever.
         self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_fd, selectors.EVENT_READ)
+        self._selector.register(self._listener, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._serve, name="kv-shm-serve", daemon=True)
         self._thread.start()
 
@@ -58,30 +61,31 @@ class DescriptorServer:
         """Stop, and let connected peers know. Call once."""
         os.eventfd_write(self._wake_fd, 1)
         self._thread.join()
+        for peer in self._peers:
+            peer.close()
+        self._peers.clear()
+        self._selector.close()
+        self._listener.close()
         for fd in (self._fd, self._wake_fd, self._spare_fd):
             os.close(fd)
 
     def _serve(self) -> None:
-        with selectors.DefaultSelector() as selector, self._listener:
-            selector.register(self._wake_fd, selectors.EVENT_READ)
-            selector.register(self._listener, selectors.EVENT_READ)
-            while True:
-                for key, _ in selector.select():
-                    if key.fileobj == self._wake_fd:
-                        self._drop_all()
-                        return
-                    self._attend(selector, key.fileobj)
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj == self._wake_fd:
+                    return
+                self._attend(key.fileobj)
 
-    def _attend(self, selector: selectors.BaseSelector, ready: object) -> None:
+    def _attend(self, ready: object) -> None:
         if ready is self._listener:
             peer = self._welcome()
             if peer is not None:
-                selector.register(peer, selectors.EVENT_READ)
+                self._selector.register(peer, selectors.EVENT_READ)
                 self._peers.add(peer)
             return
         # A peer never sends: it left, or it is none of ours.
         assert isinstance(ready, socket.socket)
-        selector.unregister(ready)
+        self._selector.unregister(ready)
         self._peers.discard(ready)
         ready.close()
 
@@ -116,8 +120,3 @@ class DescriptorServer:
             pass  # nobody waits any more
         finally:
             self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-
-    def _drop_all(self) -> None:
-        for peer in self._peers:
-            peer.close()
-        self._peers.clear()

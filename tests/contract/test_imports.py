@@ -30,7 +30,7 @@ ONLY_IN = {
         *("kvrelay/rpc/*", "kvrelay/transfer/stream.py", "kvrelay/client.py"),
         *("*/service.py", "*/convert.py", "*/workers.py", "*/__main__.py"),
         # The two ends of a handoff: they speak its stream, and nothing else does.
-        *("prefill_svc/handoff.py", "decode_svc/landing.py"),
+        *("prefill_svc/handoff.py", "decode_svc/holder.py"),
     ),
 }
 

@@ -21,23 +21,25 @@ def later(error, retry_after_s):
     return error
 
 
-EXAMPLES = [
-    errors.InvalidRequest("temperature", "must be in [0, 2], is nan", low=0, high=2),
-    later(errors.QueueFull(what="prompt tokens", queued=9000, limit=8192), 0.25),
-    errors.KvPoolExhausted(wanted_blocks=4, free_blocks=3),
-    later(errors.NoWorker("no prefill worker within 5 s", waited_s=5), 2.5),
-    errors.PeerUnavailable("decode-0 went away", worker_id="decode-0"),
-    errors.Draining("draining"),
-    errors.HandoffLost("hold abc lapsed", handoff_id="abc"),
-    errors.KvCorrupt("block 3 of 9 differs", index=3, num_blocks=9),
-    errors.Incompatible("numerics: a != b", numerics="cpu-bfloat16-v1 != cpu-float32-v1"),
-    errors.DeadlinePassed("queued"),
-    errors.Cancelled("the caller left"),
-    errors.NotFound("no request by that id — müßig"),
-    errors.ModelInvalid("m/config.json", "truncated: at byte 12"),
-    errors.Unauthenticated("a client certificate is needed"),
-    errors.PermissionDenied("decode may not call it", role="decode"),
-]
+def examples():
+    """One of each, made afresh: an error that was raised holds on to whoever raised it."""
+    return [
+        errors.InvalidRequest("temperature", "must be in [0, 2], is nan", low=0, high=2),
+        later(errors.QueueFull(what="prompt tokens", queued=9000, limit=8192), 0.25),
+        errors.KvPoolExhausted(wanted_blocks=4, free_blocks=3),
+        later(errors.NoWorker("no prefill worker within 5 s", waited_s=5), 2.5),
+        errors.PeerUnavailable("decode-0 went away", worker_id="decode-0"),
+        errors.Draining("draining"),
+        errors.HandoffLost("hold abc lapsed", handoff_id="abc"),
+        errors.KvCorrupt("block 3 of 9 differs", index=3, num_blocks=9),
+        errors.Incompatible("numerics: a != b", numerics="cpu-bfloat16-v1 != cpu-float32-v1"),
+        errors.DeadlinePassed("queued"),
+        errors.Cancelled("the caller left"),
+        errors.NotFound("no request by that id — müßig"),
+        errors.ModelInvalid("m/config.json", "truncated: at byte 12"),
+        errors.Unauthenticated("a client certificate is needed"),
+        errors.PermissionDenied("decode may not call it", role="decode"),
+    ]
 
 
 def leaves(cls):
@@ -54,7 +56,7 @@ def facts(error):
 def test_every_leaf_of_the_error_tree_has_a_code_and_nothing_else_has():
     """A new error cannot be forgotten here, and reasons tell all of them apart."""
     assert set(CODES) == leaves(errors.ServingError)
-    assert {type(error) for error in EXAMPLES} == set(CODES)
+    assert {type(error) for error in examples()} == set(CODES)
     assert len({cls.reason for cls in CODES}) == len(CODES)
     assert grpc.StatusCode.INTERNAL not in CODES.values()
 
@@ -108,7 +110,7 @@ async def test_every_error_comes_back_as_itself_with_its_code(call):
     """Class, text, details and retry time survive, before and after the first message."""
     raiser = Raiser()
     async with serving(raiser) as stub:
-        for error in EXAMPLES:
+        for error in examples():
             raiser.error = error
             status = await call(stub)
 
@@ -116,7 +118,7 @@ async def test_every_error_comes_back_as_itself_with_its_code(call):
             assert facts(from_grpc(status)) == facts(error)
 
 
-@pytest.mark.parametrize("error", EXAMPLES, ids=lambda e: e.reason)
+@pytest.mark.parametrize("error", examples(), ids=lambda e: e.reason)
 def test_every_error_comes_back_as_itself_through_a_failure(error):
     """Inside of sessions it travels as a message."""
     wire = common_pb2.Failure.FromString(to_failure(error).SerializeToString())
@@ -136,17 +138,18 @@ def unpack(status, kind):
 
 async def test_the_standard_details_say_field_and_retry_time():
     """Clients in other languages need no library of ours."""
+    invalid, queue_full, *_ = examples()
     raiser = Raiser()
     async with serving(raiser) as stub:
-        raiser.error = EXAMPLES[0]
+        raiser.error = invalid
         refused = await unary(stub)
-        raiser.error = EXAMPLES[1]
+        raiser.error = queue_full
         full = await unary(stub)
 
     info = unpack(refused, error_details_pb2.ErrorInfo)
     (violation,) = unpack(refused, error_details_pb2.BadRequest).field_violations
     assert (info.domain, info.reason) == ("kvrelay", "INVALID_REQUEST")
-    assert (violation.field, violation.description) == ("temperature", EXAMPLES[0].problem)
+    assert (violation.field, violation.description) == ("temperature", invalid.problem)
     assert unpack(refused, error_details_pb2.RetryInfo) is None
     assert unpack(full, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 250
 

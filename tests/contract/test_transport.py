@@ -1,6 +1,7 @@
 """What every transport promises, whichever carries the bytes."""
 
 import asyncio
+import gc
 import os
 import signal
 import threading
@@ -276,6 +277,7 @@ async def _changed(peer: Peer, block_id: int, before: bytes) -> None:
 
 
 def _resources() -> tuple[int, list[str], int, int]:
+    gc.collect()  # of errors kept by earlier tests, whose tracebacks refer to caches
     mapped = Path("/proc/self/maps").read_text().count("memfd:kvrelay-kv")
     threads = sorted(thread.name for thread in threading.enumerate())
     return len(os.listdir("/proc/self/fd")), threads, len(asyncio.all_tasks()), mapped

@@ -2,28 +2,34 @@
 
 import asyncio
 import json
-import os
+import shlex
 import shutil
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import pytest_asyncio
 
+from kvrelay.client import Delta, GenerateOptions, Message
 from kvrelay.store.pull import pull
 from tests.support import tiny_gguf
-from tests.support.deployment import Deployment, deployment, is_idle
+from tests.support.deployment import Deployment, deployment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 
 WITHIN_S = 60.0
 QUESTION = "What is the capital of France?"
 DEAD = "127.0.0.1:1"
+COUNT = ("generate", "1, 2, 3, 4, 5, 6,", "--raw", "--temperature", "0", "--max-tokens", "4000")
+"""Greedily, the model counts on and on."""
+
+STORY = GenerateOptions(temperature=0.0, max_tokens=64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +44,13 @@ class Done:
 
 
 @asynccontextmanager
-async def kvrelay(*arguments: str | bytes) -> AsyncIterator[asyncio.subprocess.Process]:
+async def kvrelay(
+    *arguments: str | bytes, stdin: int = asyncio.subprocess.DEVNULL
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """A running command; killed if the test leaves it running."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "kvrelay.cli.app", *arguments),
-        stdin=asyncio.subprocess.PIPE,
+        stdin=stdin,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -54,11 +62,27 @@ async def kvrelay(*arguments: str | bytes) -> AsyncIterator[asyncio.subprocess.P
         await process.communicate()
 
 
-async def run(*arguments: str | bytes, stdin: bytes = b"") -> Done:
-    async with kvrelay(*arguments) as process, asyncio.timeout(WITHIN_S):
+async def run(*arguments: str | bytes, stdin: bytes | None = None) -> Done:
+    """Run a command to its end; without `stdin` there is nothing to read."""
+    kind = asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE
+    async with kvrelay(*arguments, stdin=kind) as process, asyncio.timeout(WITHIN_S):
         out, err = await process.communicate(stdin)
         assert process.returncode is not None
         return Done(process.returncode, out.decode(), err.decode())
+
+
+async def until_serving(running: Deployment, wanted: bool) -> None:
+    """Wait until the coordinator says that it serves, or that it does not."""
+    async with aclosing(running.client.watch_serving()) as states, asyncio.timeout(WITHIN_S):
+        async for is_serving in states:
+            if is_serving == wanted:
+                return
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", autouse=True)
+async def module_loop() -> AsyncIterator[None]:
+    """The event loop of this module, there before any test looks at what is open."""
+    yield
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -104,6 +128,7 @@ async def test_status_shows_the_handoff_that_was_made(real):
     """
     Both sides count it, and every worker tells all that the table promises.
     """
+    await real.until_idle()
     before = {w["worker_id"]: w["handoffs_total"] for w in (await status(real))["workers"]}
     await run("generate", QUESTION, "--max-tokens", "4", "--target", real.grpc)
     await real.until_idle()
@@ -115,7 +140,7 @@ async def test_status_shows_the_handoff_that_was_made(real):
     for name, worker in workers.items():
         assert worker["handoffs_total"] == before[name] + 1
         assert worker["role"] == name.partition("-")[0]
-        assert os.path.exists(f"/proc/{worker['pid']}")
+        assert psutil.pid_exists(worker["pid"])
         blocks = worker["blocks"]
         assert blocks["free"] + blocks["cached"] + blocks["held"] == blocks["total"]
         assert {"shm", "stream"} <= set(worker["transports"])
@@ -227,14 +252,13 @@ async def test_ctrl_c_cancels_the_request(real):
     """
     The command ends with status 130, and both workers are soon free.
     """
-    endless = ("generate", "Tell a long story.", "--max-tokens", "4000", "--raw")
-    async with kvrelay(*endless, "--target", real.grpc) as process, asyncio.timeout(WITHIN_S):
+    async with kvrelay(*COUNT, "--target", real.grpc) as process, asyncio.timeout(WITHIN_S):
         assert process.stdout is not None
         await process.stdout.read(1)
         process.send_signal(signal.SIGINT)
 
         assert await process.wait() == 130
-    await real.until(is_idle, within_s=5.0)
+    await real.until_idle(within_s=5.0)
 
 
 @pytest.mark.realmodel
@@ -242,18 +266,17 @@ async def test_a_reader_that_leaves_cancels_the_request(real):
     """
     As in `kvrelay generate ... | head`: no stack trace, and nothing goes on computing.
     """
-    command = (
-        f"{sys.executable} -m kvrelay.cli.app generate 'Tell a long story.' --max-tokens 4000 "
-        f"--target {real.grpc} | head -c 5"
-    )
+    words = (sys.executable, "-m", "kvrelay.cli.app", *COUNT, "--target", real.grpc)
     process = await asyncio.create_subprocess_shell(
-        command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        f"{shlex.join(words)} | head -c 5",
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
     async with asyncio.timeout(WITHIN_S):
         out, err = await process.communicate()
 
     assert (len(out), err) == (5, b"")
-    await real.until(is_idle, within_s=5.0)
+    await real.until_idle(within_s=5.0)
 
 
 @pytest.mark.realmodel
@@ -266,6 +289,27 @@ async def test_chat_remembers_until_it_is_reset(real):
 
     assert done.status == 0, done.err
     assert done.out.count("The capital of France is Paris.") == 2
+
+
+@pytest.mark.realmodel
+async def test_ctrl_c_in_chat_stops_only_the_answer(real):
+    """
+    The request is cancelled at once, and the conversation goes on.
+    """
+    pipe = asyncio.subprocess.PIPE
+    endless = ("chat", "--temperature", "0", "--max-tokens", "4000")
+    async with kvrelay(*endless, "--target", real.grpc, stdin=pipe) as chat:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        async with asyncio.timeout(WITHIN_S):
+            chat.stdin.write(b"Count from 1 to 1000, separated by commas.\n")
+            await chat.stdout.readexactly(len("> ") + 1)
+            chat.send_signal(signal.SIGINT)
+            await real.until_idle(within_s=5.0)
+            out, _ = await chat.communicate(b"/quit\n")
+
+            assert out.endswith(b"\n> ")
+            assert await chat.wait() == 0
 
 
 @pytest.mark.realmodel
@@ -364,10 +408,60 @@ async def test_a_killed_coordinator_comes_back_at_its_address(tiny_model, tmp_pa
     Its port was chosen at random, yet workers and callers find it again.
     """
     async with deployment(tiny_model, log_dir=tmp_path) as running:
-        os.kill(running.coordinator_pid, signal.SIGKILL)
-        async for is_serving in running.client.watch_serving():
-            if is_serving:
-                break
+        coordinator = psutil.Process(running.coordinator_pid)
+        coordinator.kill()
+        psutil.wait_procs([coordinator], timeout=WITHIN_S)
+        await until_serving(running, True)
         done = await run("generate", "ab", "--raw", "--max-tokens", "4", "--target", running.grpc)
 
     assert done.status == 0, done.err
+
+
+async def test_killing_it_outright_leaves_no_process(tiny_model, tmp_path):
+    """
+    When `up` itself is killed by SIGKILL, everything it started dies with it.
+    """
+    async with deployment(tiny_model, log_dir=tmp_path) as running:
+        running.process.kill()
+        await running.process.wait()
+
+
+@pytest.mark.realmodel
+async def test_draining_lets_streams_finish(tmp_path):
+    """
+    A request under way when SIGTERM comes is answered to its last token; then all end well.
+    """
+    async with deployment("smollm2-135m-instruct", log_dir=tmp_path) as running:
+        long = ("generate", "Tell a story.", "--temperature", "0", "--max-tokens", "64", "--json")
+        whole = (await run(*long, "--target", running.grpc)).json
+        events = running.client.generate([Message("user", "Tell a story.")], STORY)
+        async with aclosing(events), asyncio.timeout(WITHIN_S):
+            token_ids = []
+            async for event in events:
+                if isinstance(event, Delta):
+                    if not token_ids:
+                        running.process.send_signal(signal.SIGTERM)
+                    token_ids += event.token_ids
+            status = await running.process.wait()
+
+    assert token_ids == whole["token_ids"]
+    assert status == 0
+
+
+@pytest.mark.realmodel
+async def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    """
+    The first drains, the second ends everything at once, and the status says so.
+    """
+    async with (
+        deployment("smollm2-135m-instruct", log_dir=tmp_path) as running,
+        kvrelay(*COUNT, "--target", running.grpc) as request,
+    ):
+        assert request.stdout is not None
+        async with asyncio.timeout(WITHIN_S):
+            await request.stdout.read(1)
+            running.process.send_signal(signal.SIGINT)
+            await until_serving(running, False)
+        running.process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(5.0):
+            assert await running.process.wait() == 1

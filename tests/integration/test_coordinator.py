@@ -419,3 +419,23 @@ async def test_never_disaggregating_needs_no_prefill_worker():
         assert tokens(events) == oracle(PROMPT, 6)
         assert events[-1].ledger.prefill_worker == "d0"
         assert events[-1].ledger.gap1_stages == {}
+
+
+async def test_the_last_worker_of_its_kind_may_be_lost_and_come_back():
+    """
+    A broken session ends the membership before anybody is told, so no attempt is wasted on it.
+    """
+    p = ScriptedWorker("p0", Role.PREFILL)
+    d, again = (ScriptedWorker("d0", Role.DECODE, is_held=True) for _ in range(2))
+    async with again, deployment(p, d, queue_limit_s=20) as deployed:
+        asking = asyncio.create_task(collect(deployed.relay, spec(8)))
+        await d.heard.wait()
+        d.allow(3)
+        await d.vanish()
+        await deployed.until_left("d0")
+        again.allow(99)
+        await deployed.join(again)
+
+        events = await asking
+        assert tokens(events) == oracle(PROMPT, 8)
+        assert events[-1].ledger.attempts == 2

@@ -102,6 +102,7 @@ def test_a_grant_does_not_wait_for_the_running_step():
         assert len(run.sink.grants["land"].block_table) == 3
         assert run.sink.tokens == {}
         run.engine.release("land")
+        run.engine.release("busy")
 
 
 def test_a_release_grants_to_the_next_in_line():
@@ -120,6 +121,39 @@ def test_a_release_grants_to_the_next_in_line():
         assert run.model.num_steps == 0
         run.engine.release("b")
         assert run.engine.is_idle
+
+
+def test_a_release_wakes_an_idle_engine():
+    """
+    What waits for the blocks of a hold is computed as soon as they are given back.
+    """
+    with running_engine(scheduler(num_blocks=4)) as run:
+        run.engine.submit(request("hold", prompt(14), goal=Goal.HOLD))
+        run.engine.submit(request("a", prompt(6, variant=1), max_tokens=2))
+        run.sink.wait_tokens("hold", 1)
+        assert run.engine.load().waiting == 1
+
+        run.engine.release("hold")
+
+        run.sink.wait_finished("a")
+
+
+def test_a_join_wakes_an_idle_engine():
+    """
+    A landed sequence runs without any other event, and its queueing starts at the join.
+    """
+    clock = ManualClock()
+    with running_engine(clock=clock) as run:
+        run.engine.submit(request("a", prompt(6), origin=Origin.LAND, max_tokens=3))
+        run.engine.submit(request("b", prompt(5, variant=1), max_tokens=1))
+        run.sink.wait_finished("b")
+        run.model.land(run.sink.grants["a"].block_table, prompt(6))
+        clock.advance(3.0)
+
+        run.engine.join("a", expected_tokens(prompt(6), 1))
+        run.sink.wait_finished("a")
+
+    assert run.sink.timings["a"].queue_s == 0.0
 
 
 def test_a_release_in_mid_step_frees_when_the_step_ends():
@@ -214,6 +248,7 @@ def test_a_stopped_engine_takes_nothing_and_leaves_no_thread():
         idle.engine.stop(timeout_s=10.0)
         with pytest.raises(Draining):
             idle.engine.submit(request("b"))
+        busy.engine.release("a")
     assert _engine_threads() == []
 
 
@@ -228,6 +263,7 @@ def test_a_step_that_does_not_end_fails_the_stop():
 
         with pytest.raises(TimeoutError, match="still in a step"):
             run.engine.stop(timeout_s=0.01)
+        run.engine.release("a")
 
 
 def test_a_failing_device_ends_the_engine():
@@ -245,6 +281,8 @@ def test_a_failing_device_ends_the_engine():
         assert isinstance(run.sink.failure, ZeroDivisionError)
         with pytest.raises(Draining):
             run.engine.submit(request("b"))
+        run.engine.release("a")
+        sched.commit([0])  # the step never ended; a worker would exit with it
     assert _engine_threads() == []
 
 

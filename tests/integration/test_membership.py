@@ -11,6 +11,7 @@ from kvrelay.clock import MonotonicClock
 from kvrelay.errors import Draining, Incompatible, InvalidRequest, Unauthenticated
 from kvrelay.kv.layout import KvLayout
 from kvrelay.rpc import convert
+from kvrelay.rpc.channel import KEEPALIVE_S, KEEPALIVE_TIMEOUT_S
 from kvrelay.rpc.membership import MAX_BACKOFF_S, Membership
 from kvrelay.rpc.server import RpcServer, Service
 from kvrelay.types import Fingerprint, Role, WorkerIdentity, WorkerLoad
@@ -30,7 +31,7 @@ IDENTITY = WorkerIdentity(
 
 
 class ScriptedPool(pool_pb2_grpc.PoolServiceServicer):
-    """Answers each join by the next step of its script; `None` stands for a welcome."""
+    """Answers each join with the next error of its script, then with welcomes."""
 
     def __init__(self, *script, interval_s=60.0):
         self._script = list(script)
@@ -39,13 +40,14 @@ class ScriptedPool(pool_pb2_grpc.PoolServiceServicer):
         self.loads = asyncio.Queue()
         self.left = asyncio.Event()
         self.end = asyncio.Event()
+        self.ended = asyncio.Event()
 
     async def Join(self, request_iterator, context):
         first = await anext(request_iterator)
         self.joins.put_nowait(convert.identity_from_wire(first.identity))
-        error = self._script.pop(0) if self._script else None
-        if error:
-            raise error
+        make_error = self._script.pop(0) if self._script else None
+        if make_error:
+            raise make_error()
         yield pool_pb2.JoinResponse(heartbeat_interval_ms=self._interval_ms)
         reading = asyncio.create_task(self._read(request_iterator))
         ending = asyncio.create_task(self.end.wait())
@@ -53,6 +55,7 @@ class ScriptedPool(pool_pb2_grpc.PoolServiceServicer):
             await asyncio.wait({reading, ending}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.end.clear()
+            self.ended.set()
             for task in (reading, ending):
                 task.cancel()
             await asyncio.gather(reading, ending, return_exceptions=True)
@@ -188,10 +191,12 @@ async def test_a_worker_outlives_its_coordinator_and_joins_the_next_one():
     assert 1 <= names.count("pool.not_joined") <= 4
 
 
-@pytest.mark.parametrize("error", [Draining("draining"), Unauthenticated("no certificate")])
-async def test_what_may_pass_is_tried_again(error):
+@pytest.mark.parametrize(
+    "make_error", [lambda: Draining("draining"), lambda: Unauthenticated("no certificate")]
+)
+async def test_what_may_pass_is_tried_again(make_error):
     """Coordinators restart and certificates are renewed."""
-    pool = ScriptedPool(error, error)
+    pool = ScriptedPool(make_error, make_error)
     async with joined(pool) as (worker, _):
         for _ in range(3):
             await soon(pool.joins.get())
@@ -201,15 +206,16 @@ async def test_what_may_pass_is_tried_again(error):
 
 
 @pytest.mark.parametrize(
-    "error",
+    "make_error",
     [
-        Incompatible("numerics: a != b", numerics="a != b"),
-        InvalidRequest("worker_id", "must be 1 to 64 characters of a-z0-9.-"),
+        lambda: Incompatible("numerics: a != b", numerics="a != b"),
+        lambda: InvalidRequest("worker_id", "must be 1 to 64 characters of a-z0-9.-"),
     ],
 )
-async def test_what_will_not_pass_is_logged_and_raised(error):
+async def test_what_will_not_pass_is_logged_and_raised(make_error):
     """The worker serves something else; only a person can change that."""
-    server, address = await start_server(ScriptedPool(error))
+    error = make_error()
+    server, address = await start_server(ScriptedPool(make_error))
     try:
         with capture_logs() as events, pytest.raises(type(error)) as raised:
             await soon(Worker(address).membership.run())
@@ -229,3 +235,63 @@ async def test_leaving_interrupts_the_wait_for_a_coordinator_that_is_away():
     await asyncio.sleep(0)
     await asyncio.wait_for(worker.membership.leave(), MAX_BACKOFF_S * 5)
     await soon(task)
+
+
+class Wire:
+    """A TCP relay to `address` whose connections can be cut without either end being told."""
+
+    def __init__(self, address):
+        self._target = address.split(":")
+        self._num_cuts = 0
+        self._tasks = set()
+
+    def cut(self):
+        """Lose what present connections carry from now on; new ones work."""
+        self._num_cuts += 1
+
+    @asynccontextmanager
+    async def address(self):
+        server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        try:
+            yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        finally:
+            server.close()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _relay(self, reader, writer):
+        host, port = self._target
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            self._tasks.add(asyncio.create_task(self._copy(source, sink, self._num_cuts)))
+
+    async def _copy(self, source, sink, num_cuts):
+        try:
+            with suppress(ConnectionError):
+                while data := await source.read(1 << 16):
+                    if num_cuts == self._num_cuts:
+                        sink.write(data)
+        finally:
+            sink.close()
+
+
+async def test_both_ends_notice_within_seconds_that_the_other_fell_silent():
+    """A stopped machine closes no connection; pings that nobody answers tell it."""
+    pool = ScriptedPool(interval_s=600)
+    server, address = await start_server(pool)
+    wire = Wire(address)
+    try:
+        async with wire.address() as relayed:
+            worker = Worker(relayed)
+            task = asyncio.create_task(worker.membership.run())
+            await soon(pool.loads.get())
+            await soon(pool.joins.get())
+            wire.cut()
+            async with asyncio.timeout(2 * (KEEPALIVE_S + KEEPALIVE_TIMEOUT_S)):
+                await pool.joins.get()
+                await pool.ended.wait()
+            await soon(worker.membership.leave())
+            await soon(task)
+    finally:
+        await server.stop()

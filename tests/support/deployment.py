@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -32,7 +33,10 @@ _MARK = "TEST_DEPLOYMENT"
 
 @dataclass(slots=True)
 class Deployment:
-    """A running `kvrelay up` and a connection to its coordinator."""
+    """A running `kvrelay up` and a connection to its coordinator.
+
+    A test may end `process` itself; then only what is left behind is looked at.
+    """
 
     process: asyncio.subprocess.Process
     grpc: str
@@ -77,9 +81,19 @@ class Deployment:
         except TimeoutError:
             raise AssertionError(f"not within {within_s} s; the pool is {pool}") from None
 
-    async def until_idle(self) -> Pool:
-        """The pool, once nothing runs and every block is free or cached."""
-        return await self.until(is_idle)
+    async def until_idle(self, *, within_s: float = CALM_WITHIN_S) -> Pool:
+        """The pool, once nothing runs and every block is free or cached.
+
+        Only loads that were sent since the call count: an older one may be from before the
+        request whose end is waited for.
+        """
+        asked_at_s = time.monotonic()
+
+        def is_idle_by_now(pool: Pool) -> bool:
+            elapsed_ms = (time.monotonic() - asked_at_s) * 1e3
+            return is_idle(pool) and all(m.load_age_ms < elapsed_ms for m in pool.members)
+
+        return await self.until(is_idle_by_now, within_s=within_s)
 
     async def until_restarted(self, worker_id: str, *, old_pid: int) -> Member:
         """The worker in its next life, after its old process died."""
@@ -142,10 +156,13 @@ async def deployment(
         grpc, http = await _ready(process, log_dir)
         async with Client(grpc) as client:
             it = Deployment(process, grpc, http, num_prefill, num_decode, log_dir, client)
+            await it.pool()  # connects, so that no test opens what another one closes
             yield it
-            await it.until_idle()
-        await _end(process, log_dir)
-        assert not _marked(mark), "processes were left behind"
+            if process.returncode is None:
+                await it.until_idle()
+        if process.returncode is None:
+            await _end(process, log_dir)
+        _wait_for_no(mark)
         assert _shared_memory() <= shared_memory, "shared memory was left behind"
     finally:
         await _destroy(process, mark)
@@ -195,6 +212,12 @@ async def _destroy(process: asyncio.subprocess.Process, mark: str) -> None:
         left.kill()
     assert process.stdout is not None
     await process.stdout.read()
+
+
+def _wait_for_no(mark: str) -> None:
+    """Processes of the deployment that were killed may need a moment, but then none is left."""
+    _, left = psutil.wait_procs(_marked(mark), timeout=CALM_WITHIN_S)
+    assert not left, f"processes were left behind: {left}"
 
 
 def _marked(mark: str) -> list[psutil.Process]:

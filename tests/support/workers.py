@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import grpc
 from prometheus_client import CollectorRegistry
 
+from decode_svc.holder import HolderClient
 from decode_svc.landing import Lander, LandingLimits
 from decode_svc.service import DecodeService
 from kvrelay import worker
@@ -41,8 +42,9 @@ from kvrelay.v1 import (
     prefill_pb2,
     prefill_pb2_grpc,
 )
-from prefill_svc.handoff import HandoffService, HoldKeeper
+from prefill_svc.handoff import HandoffService
 from prefill_svc.holds import HoldLimits
+from prefill_svc.keeper import HoldKeeper
 from prefill_svc.service import PrefillService
 from tests.support.scripted_model import VOCAB_SIZE, ScriptedModel, Slot, StepGate
 
@@ -125,7 +127,7 @@ class DecodeBench(Bench):
 async def until(condition, timeout_s: float = WAIT_S) -> None:
     """Wait for what another thread or process does in its own time, and tells nobody."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - threads of the engine tell nobody
             await asyncio.sleep(0.002)
 
 
@@ -144,10 +146,10 @@ async def _engine_on(
     )  # fmt: skip
     worker_id, epoch = role.value, f"{next(_ids):016x}"
     transports = build_transports("auto", worker_id=worker_id, epoch=epoch)
-    for transport in transports:
-        transport.register(cache)
     if wrap is not None:
         transports = tuple(wrap(transport) for transport in transports)
+    for transport in transports:
+        transport.register(cache)
     engine.start()
     parts = {
         "worker_id": worker_id,
@@ -252,13 +254,16 @@ async def decode_worker(
             engine=parts["engine"],
             cache=parts["cache"],
             transports=parts["transports"],
-            channels=channels,
+            holders=HolderClient(
+                channels,
+                puller_id=parts["worker_id"],
+                fingerprint=fingerprint,
+                bounds=bounds,
+                release_timeout_s=WAIT_S,
+            ),
             limits=landing_limits or LandingLimits(),
             metrics=parts["metrics"],
             clock=MonotonicClock(),
-            worker_id=parts["worker_id"],
-            fingerprint=fingerprint,
-            bounds=bounds,
         )
         service = DecodeService(
             engine=parts["engine"],
@@ -314,16 +319,26 @@ class Session:
         return message.prefilled[0]
 
     async def outputs(self, request_id: str) -> list[decode_pb2.SequenceOutput]:
-        """All outputs of one request; positions must follow each other, none may fail."""
-        outputs: list[decode_pb2.SequenceOutput] = []
-        while not outputs or not outputs[-1].finish_reason:
+        """All outputs of one request while nothing else runs."""
+        return (await self.collect(request_id))[request_id]
+
+    async def collect(self, *request_ids: str) -> dict[str, list[decode_pb2.SequenceOutput]]:
+        """All outputs of some requests; positions must follow each other, none may fail."""
+        outputs: dict[str, list[decode_pb2.SequenceOutput]] = {name: [] for name in request_ids}
+        while not all(got and got[-1].finish_reason for got in outputs.values()):
             message = await self.read()
             assert message is not grpc.aio.EOF
             assert not message.failed, message.failed
-            outputs += [output for output in message.outputs if output.request_id == request_id]
-        for before, after in itertools.pairwise(outputs):
-            assert before.position + len(before.token_ids) == after.position
+            for output in message.outputs:
+                outputs[output.request_id].append(output)
+        for got in outputs.values():
+            for before, after in itertools.pairwise(got):
+                assert before.position + len(before.token_ids) == after.position
         return outputs
+
+
+def tokens_of(outputs) -> tuple[int, ...]:
+    return tuple(token_id for output in outputs for token_id in output.token_ids)
 
 
 @contextlib.asynccontextmanager

@@ -138,10 +138,11 @@ def test_admission_leaves_a_block_for_each_that_grows():
     sched, model = scheduler(num_blocks=4), _model()
     sched.add(request("a", prompt(4, variant=1), max_tokens=4))
     step(sched, model)
-    sched.add(request("b", prompt(12, variant=2), max_tokens=1))
+    sched.add(request("b", prompt(8, variant=2), max_tokens=1))
 
     step(sched, model)
 
+    assert sched.pool.num_available == 2
     assert sched.count(State.WAITING) == 1
     _run(sched, model)
     assert sched.num_preemptions == 0
@@ -230,6 +231,59 @@ def test_holds_and_landings_are_never_preempted():
     assert sched.release("hold")
     emitted["a"] += _run(sched, model)["a"]
     assert emitted["a"] == expected_tokens(prompt(3, variant=3), 6)
+
+
+def test_a_hold_is_not_preempted_while_it_is_computed():
+    """
+    Its puller may be copying the finished blocks already.
+    """
+    sched, model = scheduler(num_blocks=6, budget_tokens=2, max_sequences=2), _model()
+    sched.add(request("a", prompt(4), max_tokens=12))
+    sched.add(request("hold", prompt(12, variant=1), goal=Goal.HOLD))
+
+    tokens = _run(sched, model)
+
+    assert sched.num_preemptions == 0
+    assert tokens["hold"] == expected_tokens(prompt(12, variant=1), 1)
+    assert len(tokens["a"]) == 9  # its slots are used up
+    sched.release("hold")
+    tokens["a"] += _run(sched, model)["a"]
+    assert tokens["a"] == expected_tokens(prompt(4), 12)
+
+
+def test_a_replay_goes_as_far_as_its_blocks_reach():
+    """
+    Rows that have a slot are computed although no block can be had for the others.
+    """
+    sched, model = scheduler(num_blocks=4), _model()
+    outputs = expected_tokens(prompt(6), 8)
+    sched.add(request("a", prompt(6), origin=Origin.LAND, output_ids=outputs[:7], max_tokens=8))
+    sched.add(request("hold", prompt(8, variant=1), goal=Goal.HOLD))
+    (granted,) = sched.grant()
+    step(sched, model)
+    model.land(granted.block_table, prompt(6))
+    sched.join("a", outputs[:1])
+
+    plan, _ = step(sched, model)
+
+    assert [len(rows.token_ids) for rows in plan.rows] == [2]
+    assert not step(sched, model)[0].rows
+    sched.release("hold")
+    assert _run(sched, model) == {"a": outputs[7:]}
+
+
+def test_a_block_is_shared_only_when_all_of_it_is_computed():
+    """
+    The block that a chunk ends in is not found by the next prompt.
+    """
+    sched, model = scheduler(max_chunk_tokens=6), _model()
+    sched.add(request("a", prompt(12), max_tokens=1))
+    step(sched, model)
+    sched.add(request("b", prompt(12), max_tokens=1))
+
+    plan, _ = step(sched, model)
+
+    assert [rows.start for rows in plan.rows] == [6, 4]
 
 
 def test_a_shared_prefix_is_computed_once():

@@ -16,6 +16,8 @@ from kvrelay.supervise.logs import LogFile, for_people, is_loud, make_run_dir
         (json.dumps({"event": "rpc.bug", "level": "error"}), True),
         ("Traceback (most recent call last):", True),
         ("{not json", True),
+        ("I1120 05:01:05.191388 1721 chttp2_transport.cc:1403] Got goaway", False),
+        ("E1120 05:01:05.191388 1721 tcp_server.cc:12] no such thing", True),
         ("   ", False),
     ],
 )
@@ -24,6 +26,17 @@ def test_warnings_errors_and_strange_lines_are_loud(line, loud):
     An event below warning stays in the file; whatever is no event is shown.
     """
     assert is_loud(line) is loud
+
+
+def test_warnings_are_quiet_at_the_end():
+    """
+    Processes that miss each other while all of them stop are no news; errors still are.
+    """
+    warning = json.dumps({"event": "pool.not_joined", "level": "warning"})
+    error = json.dumps({"event": "rpc.bug", "level": "error"})
+
+    assert not is_loud(warning, is_ending=True)
+    assert is_loud(error, is_ending=True)
 
 
 def test_an_event_reads_as_a_sentence():

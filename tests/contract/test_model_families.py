@@ -1,0 +1,166 @@
+"""Every supported family computes what `transformers` computes on the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from kvrelay.engine.batch import Rows
+from kvrelay.kv.cache import TORCH_DTYPES
+from kvrelay.model.runner import load_runner
+from kvrelay.model.spec import read_spec
+from kvrelay.model.weights import load_weights
+from tests.support.tiny_model import generated, prompt, runner_of, table, tokens
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 211,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def llama3_rope() -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "rope_theta": 5000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+
+
+def yarn_rope() -> dict[str, Any]:
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 5000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
+
+
+def linear_rope() -> dict[str, Any]:
+    return {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+CONFIGS: dict[str, transformers.PretrainedConfig] = {
+    "llama2": transformers.LlamaConfig(**SIZES | {"num_key_value_heads": 4}),
+    "llama3": transformers.LlamaConfig(**SIZES, rope_parameters=llama3_rope()),
+    "llama-linear": transformers.LlamaConfig(**SIZES, rope_parameters=linear_rope()),
+    "llama-yarn": transformers.LlamaConfig(**SIZES, rope_parameters=yarn_rope()),
+    "llama-biased": transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "mistral": transformers.MistralConfig(**SIZES, sliding_window=None, head_dim=24),
+    "mistral-window": transformers.MistralConfig(**SIZES, sliding_window=40),
+    "qwen2": transformers.Qwen2Config(**SIZES),
+    "qwen2.5-tied": transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=32),
+    "smollm2": transformers.LlamaConfig(
+        **SIZES
+        | {
+            "hidden_size": 72,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "num_hidden_layers": 3,
+            "rms_norm_eps": 1e-5,
+        },
+        tie_word_embeddings=True,
+    ),
+}
+
+PROMPT = tokens(1, 150)
+NUM_OUTPUT = 32
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def theirs(request: pytest.FixtureRequest) -> transformers.PreTrainedModel:
+    """A float32 model of random weights, biases and norms included."""
+    transformers.utils.logging.disable_progress_bar()  # its bars leave a thread behind
+    config = CONFIGS[request.param]
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                weight.add_(torch.randn_like(weight) * 0.1)
+    return model
+
+
+@pytest.fixture
+def model_dir(theirs: transformers.PreTrainedModel, tmp_path: Path) -> Path:
+    theirs.save_pretrained(tmp_path, safe_serialization=True)
+    return tmp_path
+
+
+def their_logits(model: transformers.PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([ids])).logits[0].float()
+    return logits
+
+
+def run(batch: Rows, model_dir: Path, dtype: str) -> torch.Tensor:
+    runner, cache, _ = load_runner(
+        model_dir, dtype=dtype, block_size=16, num_blocks=12, num_threads=1, shareable=False
+    )
+    logits = runner.step_logits([batch])[0]
+    cache.close()
+    return logits
+
+
+def test_float32_logits_and_tokens_are_those_of_transformers(
+    theirs: transformers.PreTrainedModel, model_dir: Path
+) -> None:
+    """Logits of the prompt's last row, then 32 greedy tokens through the generation path."""
+    runner, cache, layout = load_runner(
+        model_dir, dtype="float32", block_size=16, num_blocks=12, num_threads=1, shareable=False
+    )
+    assert layout == cache.layout
+    blocks = table(0, 12)
+    (ours,) = runner.step_logits([prompt(PROMPT, 0, blocks)])
+    torch.testing.assert_close(ours, their_logits(theirs, list(PROMPT))[-1], atol=1e-4, rtol=1e-4)
+    output = runner.step([prompt(PROMPT, 0, blocks)])
+    while len(output) < NUM_OUTPUT:
+        last = output[-1]
+        assert last is not None
+        output += runner.step([generated([last], len(PROMPT) + len(output) - 1, blocks)])
+    cache.close()
+    teacher = their_logits(theirs, [*PROMPT, *[token for token in output if token is not None]])
+    assert output == teacher[len(PROMPT) - 1 : -1].argmax(-1).tolist()
+
+
+def test_bfloat16_logits_are_near(theirs: transformers.PreTrainedModel, model_dir: Path) -> None:
+    """No farther from float32 than transformers' own bfloat16, give or take."""
+    exact = their_logits(theirs, list(PROMPT))[-1]
+    their_bfloat16 = transformers.AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.bfloat16, attn_implementation="eager"
+    ).eval()
+    their_error = (their_logits(their_bfloat16, list(PROMPT))[-1] - exact).abs().max()
+    our_error = (run(prompt(PROMPT, 0, table(0, 12)), model_dir, "bfloat16") - exact).abs().max()
+    assert our_error <= 1.5 * their_error + 0.01 * exact.abs().max()
+
+
+def test_a_sharded_checkpoint_is_the_same_model(
+    theirs: transformers.PreTrainedModel, tmp_path: Path
+) -> None:
+    """Split by transformers itself into many small files."""
+    for name, limit in (("whole", "1GB"), ("shards", "50KB")):
+        theirs.save_pretrained(tmp_path / name, max_shard_size=limit)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    whole, shards = (
+        load_weights(path, read_spec(path), dtype=TORCH_DTYPES["float32"])
+        for path in (tmp_path / "whole", tmp_path / "shards")
+    )
+    spec = read_spec(tmp_path / "whole")
+    with runner_of(spec, whole) as (a, _), runner_of(spec, shards) as (b, _):
+        rows = [prompt(PROMPT, 0, table(0, 12))]
+        assert torch.equal(a.step_logits(rows), b.step_logits(rows))

@@ -1,0 +1,81 @@
+"""The command lines that `kvrelay up` writes are ones the services take."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from coordinator.config import CoordinatorConfig
+from decode_svc.config import DecodeConfig
+from kvrelay.config import read_settings
+from kvrelay.supervise.topology import Topology, threads_of_each
+from prefill_svc.config import PrefillConfig
+
+EVERYTHING = Topology(
+    model=Path("/models/some"),
+    num_prefill=2,
+    num_decode=3,
+    num_threads=4,
+    transport="stream",
+    disaggregate="never",
+    dtype="float32",
+    block_size=32,
+    num_blocks=64,
+    drain_s=5.0,
+)
+DEFAULTS = Topology(model=Path("/models/some"))
+
+
+@pytest.mark.parametrize("topology", [EVERYTHING, DEFAULTS])
+def test_the_coordinator_takes_its_command_line(topology):
+    """
+    Every flag is a setting of it, and says what was wanted.
+    """
+    dash_m, module, *flags = topology.coordinator(
+        listen="127.0.0.1:1234", http_listen="127.0.0.1:5678"
+    )
+    config = read_settings(CoordinatorConfig, service="coordinator", argv=flags, environ={})
+
+    assert (dash_m, module) == ("-m", "coordinator")
+    assert (config.model, config.listen) == ("/models/some", "127.0.0.1:1234")
+    assert config.http_listen == "127.0.0.1:5678"
+    assert config.expect_prefill == topology.num_prefill
+    assert config.expect_decode == topology.num_decode
+    assert config.disaggregate == topology.disaggregate
+    assert config.drain_s == topology.drain_s
+
+
+@pytest.mark.parametrize("topology", [EVERYTHING, DEFAULTS])
+@pytest.mark.parametrize(("role", "cls"), [("prefill", PrefillConfig), ("decode", DecodeConfig)])
+def test_workers_take_their_command_line(topology, role, cls):
+    """
+    Every flag is a setting of theirs; what was not chosen is left to their defaults.
+    """
+    _, module, *flags = topology.worker(role, 1, coordinator="127.0.0.1:1234")
+    config = read_settings(cls, service=role, argv=flags, environ={})
+    default = read_settings(cls, service=role, argv=["--model", "x"], environ={})
+
+    assert importlib.util.find_spec(module) is not None
+    assert (config.worker_id, config.coordinator) == (f"{role}-1", "127.0.0.1:1234")
+    assert config.threads == topology.num_threads
+    assert config.transport == topology.transport
+    assert config.dtype == (topology.dtype or default.dtype)
+    assert config.block_size == (topology.block_size or default.block_size)
+    assert config.num_blocks == (topology.num_blocks or default.num_blocks)
+
+
+def test_every_worker_has_its_own_name():
+    """
+    Names count up within a role.
+    """
+    names = [f"{role}-{i}" for role, i in EVERYTHING.workers]
+
+    assert names == ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"]
+
+
+@pytest.mark.parametrize(("cores", "workers", "threads"), [(8, 2, 4), (2, 5, 1), (1, 1, 1)])
+def test_cores_are_shared_out_and_nobody_goes_without(cores, workers, threads):
+    """
+    At least one thread each, even where there are more workers than cores.
+    """
+    assert threads_of_each(cores, workers) == threads

@@ -1,0 +1,124 @@
+"""Is the answer right? Tokens of real deployments, one by one.
+
+Against `transformers` on the same weights; and against kvrelay itself, where every placement,
+batch, handoff and preemption must give the very same tokens.
+"""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests.support.asking import Ask, Asker
+from tests.support.deployment import deployment
+from tests.support.prompts import prompts
+
+pytestmark = [pytest.mark.e2e, pytest.mark.realmodel]
+
+MAX_TOKENS = 24
+
+NOISE = {"float32": 1e-3, "bfloat16": 0.5}
+"""Two logits nearer than this may change places between two right implementations. Measured:
+the largest gap at which they did is 0.0002 and 0.31; see the printed counts."""
+
+MAX_NEAR_TIES = {"float32": 0.002, "bfloat16": 0.06}
+"""Largest share of tokens that may be excused as near ties."""
+
+
+@pytest.fixture(scope="module")
+def asks(real_model) -> list[Ask]:
+    return [Ask(prompt_ids, MAX_TOKENS) for prompt_ids in prompts(real_model)]
+
+
+@contextlib.asynccontextmanager
+async def deployed(model: Path, log_dir: Path, *flags, num_prefill=1, num_decode=1):
+    async with (
+        deployment(
+            model, log_dir=log_dir, num_prefill=num_prefill, num_decode=num_decode, flags=flags
+        ) as it,
+        Asker(it.grpc) as asker,
+    ):
+        yield it, asker
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_greedy_tokens_through_a_handoff_equal_those_of_transformers(
+    dtype, real_model, asks, tmp_path
+):
+    """
+    At every position the token is the reference's likeliest one, given the tokens before it.
+    """
+    flags = ("--dtype", dtype, "--disaggregate", "always")
+    async with deployed(real_model, tmp_path, *flags) as (_, asker):
+        answers = await asker.all(asks, at_once=2)
+    reference = Reference(real_model, dtype)
+
+    gaps = []
+    for ask, answer in zip(asks, answers, strict=True):
+        assert len(answer.token_ids) == MAX_TOKENS
+        assert answer.ledger.handoff_num_bytes > 0
+        gaps += reference.gaps(ask.prompt_ids, answer.token_ids)
+    near_ties = [gap for gap in gaps if gap > 0]
+    print(
+        f"{dtype}: {len(asks)} prompts, {len(gaps)} tokens, {len(near_ties)} near ties skipped, "
+        f"largest gap {max(near_ties, default=0):.4f}"
+    )
+    assert max(gaps) < NOISE[dtype]
+    assert len(near_ties) <= MAX_NEAR_TIES[dtype] * len(gaps)
+
+
+class Reference:
+    """`transformers` on the same weights, asked for all positions of an answer at once."""
+
+    def __init__(self, model_dir: Path, dtype: str) -> None:
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=getattr(torch, dtype)
+        )
+
+    @torch.inference_mode()
+    def gaps(self, prompt_ids, token_ids) -> list[float]:
+        """How much likelier than each token the reference's own choice is; 0 where they agree."""
+        row = torch.tensor([[*prompt_ids, *token_ids[:-1]]])
+        logits = self._model(row, logits_to_keep=len(token_ids)).logits[0].float()
+        chosen = logits.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+        return (logits.max(dim=1).values - chosen).tolist()
+
+
+@pytest.mark.timeout(900)
+async def test_tokens_do_not_depend_on_placement_batch_handoff_or_preemption(
+    real_model, asks, tmp_path
+):
+    """
+    One worker alone, one at a time, says what every other way of serving must say, greedy and
+    sampled, without exception.
+    """
+    sampled = [replace(ask, temperature=0.8, seed=7 + i) for i, ask in enumerate(asks)]
+    mixed = [sample if i % 2 else ask for i, (ask, sample) in enumerate(zip(asks, sampled))]
+    async with deployed(real_model, tmp_path / "alone", "--disaggregate", "never") as (_, asker):
+        expected = tokens(await asker.all(mixed, at_once=1))
+        assert tokens(await asker.all(mixed, at_once=16)) == expected
+
+    always = ("--disaggregate", "always")
+    async with deployed(real_model, tmp_path / "pair", *always) as (_, asker):
+        assert tokens(await asker.all(mixed, at_once=1)) == expected
+        assert tokens(await asker.all(mixed, at_once=16)) == expected
+
+    many = {"num_prefill": 2, "num_decode": 3}
+    async with deployed(real_model, tmp_path / "many", *always, **many) as (it, asker):
+        assert tokens(await asker.all(mixed, at_once=16)) == expected
+        used = [m for m in (await it.pool()).members if m.load.handoffs_total > 1]
+        assert len(used) == 5, "every worker had its share"
+
+    small = (*always, "--num-blocks", "110")
+    async with deployed(real_model, tmp_path / "small", *small) as (it, asker):
+        assert tokens(await asker.all(mixed, at_once=16)) == expected
+        pool = await it.pool()
+        assert sum(m.load.preemptions_total for m in pool.members) > 0
+
+
+def tokens(answers) -> list[list[int]]:
+    return [answer.token_ids for answer in answers]

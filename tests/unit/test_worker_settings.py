@@ -1,0 +1,75 @@
+"""Settings of both workers: what is refused, by what name."""
+
+import subprocess
+import sys
+
+import pytest
+
+from decode_svc.config import DecodeConfig
+from kvrelay.config import SettingsError, read_settings
+from prefill_svc.config import PrefillConfig
+
+CONFIGS = [("prefill", PrefillConfig), ("decode", DecodeConfig)]
+
+
+def settings(service, config, *argv, **environ):
+    return read_settings(config, service=service, argv=["--model", "m", *argv], environ=environ)
+
+
+@pytest.mark.parametrize(("service", "config"), CONFIGS)
+def test_a_flag_is_a_number_where_a_number_is_meant(service, config):
+    """Text from flags and environment becomes what the field is."""
+    prefix = f"KVRELAY_{service.upper()}_"
+    made = settings(service, config, "--block-size", "32", **{f"{prefix}NUM_BLOCKS": "7"})
+
+    assert (made.block_size, made.num_blocks) == (32, 7)
+
+
+@pytest.mark.parametrize(("service", "config"), CONFIGS)
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--block-size", "12"),
+        ("--block-size", "x"),
+        ("--dtype", "float16"),
+        ("--threads", "0"),
+        ("--worker-id", "Not A Name"),
+        ("--coordinator", "nowhere"),
+        ("--budget-tokens", "1"),
+        ("--transport", "pigeon"),
+        ("--drain-s", "nan"),
+    ],
+)
+def test_an_impossible_value_is_refused_by_name(service, config, flag, value):
+    """The message names the setting and the value."""
+    with pytest.raises(SettingsError) as caught:
+        settings(service, config, flag, value)
+
+    assert flag[2:].replace("-", "_") in str(caught.value)
+    assert value in str(caught.value)
+
+
+@pytest.mark.parametrize("service", ["prefill", "decode"])
+def test_a_refused_start_is_one_line_and_exit_2(service):
+    """Whether a setting or the model is at fault."""
+    for argv in (["--blokc-size", "16"], ["--model", "/nowhere/at/all"]):
+        ended = subprocess.run(
+            [sys.executable, "-m", f"{service}_svc", *argv], capture_output=True, text=True
+        )
+        assert ended.returncode == 2
+        assert ended.stderr.count("\n") == 1, ended.stderr
+        assert argv[-2] in ended.stderr or argv[-1] in ended.stderr
+
+
+def test_a_broken_engine_ends_the_process_at_once():
+    """Exit 70, after the log has said why."""
+    code = (
+        "from kvrelay import worker\n"
+        "from kvrelay.obs import logging\n"
+        "logging.configure(level='info', fmt='json')\n"
+        "worker.crash(FloatingPointError('logits'))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert ended.returncode == 70
+    assert "worker.exits" in ended.stderr
