@@ -18,8 +18,9 @@ import pytest
 SETTLE_S = 5.0
 """gRPC closes sockets, and kernels reap processes, a moment after they are told to."""
 
-GRPC_OWN = ("_poll_wrapper", "grpc")
-"""Names of threads that grpcio starts once and keeps for the life of the process."""
+LASTING = ("_poll_wrapper", "grpc", "asyncio_")
+"""Names of threads that outlive a test: grpcio's, kept for the life of the process, and those
+of an event loop's own executor, which end with the loop."""
 
 
 def open_files() -> set[str]:
@@ -40,7 +41,7 @@ def threads() -> set[str]:
     return {
         f"{t.name} {t.ident}"
         for t in threading.enumerate()
-        if t.is_alive() and not any(own in t.name for own in GRPC_OWN)
+        if t.is_alive() and not any(name in t.name for name in LASTING)
     }
 
 

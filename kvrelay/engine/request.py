@@ -80,7 +80,8 @@ class ChunkDone:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Granted:
     """Blocks for a `Origin.LAND` sequence. The first `num_cached_blocks` already hold its
-    prefix; the service fills the others, then calls `join`."""
+    prefix; the service fills the others, then calls `join`.
+    """
 
     seq_id: str
     block_table: tuple[BlockId, ...]

@@ -67,9 +67,11 @@ class HandoffServiceServicer:
     def Pull(self, request, context):
         """Announces the blocks of a hold as their chunks are computed.
 
-        The stream is one `opened`, zero or more `blocks`, and one `complete`. It may be opened
-        before the prefill was submitted; it then waits for it, at most the server's
-        `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be opened again.
+        The stream is one `opened`, zero or more `blocks`, and one `complete`; it then stays open
+        until the hold ends, so that the holder sees its puller alive and the puller hears of a
+        lapse at once. It may be opened before the prefill was submitted; it then waits for it, at
+        most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
+        opened again.
 
         Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if epoch or
         layout differ; PERMISSION_DENIED if it is held for another worker.

@@ -41,9 +41,11 @@ class HandoffServiceStub:
     Pull: _grpc.UnaryStreamMultiCallable[_handoff_pb2.PullRequest, _handoff_pb2.PullResponse]
     """Announces the blocks of a hold as their chunks are computed.
 
-    The stream is one `opened`, zero or more `blocks`, and one `complete`. It may be opened
-    before the prefill was submitted; it then waits for it, at most the server's
-    `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be opened again.
+    The stream is one `opened`, zero or more `blocks`, and one `complete`; it then stays open
+    until the hold ends, so that the holder sees its puller alive and the puller hears of a
+    lapse at once. It may be opened before the prefill was submitted; it then waits for it, at
+    most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
+    opened again.
 
     Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if epoch or
     layout differ; PERMISSION_DENIED if it is held for another worker.
@@ -79,9 +81,11 @@ class HandoffServiceAsyncStub(HandoffServiceStub):
     Pull: _aio.UnaryStreamMultiCallable[_handoff_pb2.PullRequest, _handoff_pb2.PullResponse]  # type: ignore[assignment]
     """Announces the blocks of a hold as their chunks are computed.
 
-    The stream is one `opened`, zero or more `blocks`, and one `complete`. It may be opened
-    before the prefill was submitted; it then waits for it, at most the server's
-    `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be opened again.
+    The stream is one `opened`, zero or more `blocks`, and one `complete`; it then stays open
+    until the hold ends, so that the holder sees its puller alive and the puller hears of a
+    lapse at once. It may be opened before the prefill was submitted; it then waits for it, at
+    most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
+    opened again.
 
     Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if epoch or
     layout differ; PERMISSION_DENIED if it is held for another worker.
@@ -120,9 +124,11 @@ class HandoffServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_handoff_pb2.PullResponse], _abc.AsyncIterator[_handoff_pb2.PullResponse]]:
         """Announces the blocks of a hold as their chunks are computed.
 
-        The stream is one `opened`, zero or more `blocks`, and one `complete`. It may be opened
-        before the prefill was submitted; it then waits for it, at most the server's
-        `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be opened again.
+        The stream is one `opened`, zero or more `blocks`, and one `complete`; it then stays open
+        until the hold ends, so that the holder sees its puller alive and the puller hears of a
+        lapse at once. It may be opened before the prefill was submitted; it then waits for it, at
+        most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
+        opened again.
 
         Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if epoch or
         layout differ; PERMISSION_DENIED if it is held for another worker.

@@ -1,6 +1,8 @@
 """What the source may say at all: who imports whom, and what nobody calls."""
 
 import ast
+import configparser
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -75,6 +77,22 @@ def test_the_import_contracts_hold():
     done = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
 
     assert done.returncode == 0, done.stdout
+
+
+def test_what_calls_itself_pure_is_held_to_it():
+    """
+    A module whose docstring says `Pure.` is in the contract that proves it.
+    """
+    config = configparser.ConfigParser()
+    config.read(ROOT / ".importlinter")
+    proven = config["importlinter:contract:pure"]["source_modules"].split()
+    claims = {
+        name.removesuffix(".py").replace("/", ".")
+        for name, tree in sources()
+        if re.search(r"^Pure[.:,]", ast.get_docstring(tree) or "", re.MULTILINE)
+    }
+
+    assert claims <= set(proven)
 
 
 def test_nothing_that_runs_data_as_code_is_imported():

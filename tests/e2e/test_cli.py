@@ -211,7 +211,9 @@ async def test_the_ledger_is_drawn_after_the_text_and_by_explain(real):
     Every stage is there, right after the answer and later by its id.
     """
     drawn = await run("generate", QUESTION, "--temperature", "0", "--ledger", "--target", real.grpc)
-    answer = (await run("generate", QUESTION, "--json", "--target", real.grpc)).json
+    answer = (
+        await run("generate", "hi", "--max-tokens", "4", "--json", "--target", real.grpc)
+    ).json
     explained = await run("explain", answer["request_id"], "--target", real.grpc)
 
     assert drawn.out.startswith("The capital of France is Paris.\n")

@@ -6,10 +6,11 @@ from kvrelay.types import Fingerprint, Role, TransportOffer, WorkerIdentity, Wor
 
 LAYOUT = KvLayout(num_layers=1, block_size=4, num_kv_heads=1, head_dim=2, dtype="float32")
 FINGERPRINT = Fingerprint(model_digest="m", numerics="scripted", layout=LAYOUT)
+EPOCH = "00000000000000e0"
 OFFERS = (TransportOffer(name="stream", address="", host="h"),)
 
 
-def identity(name, role=Role.DECODE, *, epoch="00000000000000e0", fingerprint=FINGERPRINT, offers=OFFERS):
+def identity(name, role=Role.DECODE, *, epoch=EPOCH, fingerprint=FINGERPRINT, offers=OFFERS):
     return WorkerIdentity(
         worker_id=name,
         epoch=epoch,
