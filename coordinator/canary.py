@@ -126,7 +126,10 @@ class Canary:
             # Never a prefix hit: the KV must be computed and moved anew each time.
             cache_salt=request_id.encode(),
             route=RouteRequest(
-                num_prompt=PROMPT_TOKENS, block_hashes=(), block_size=self._pool.block_size
+                num_prompt=PROMPT_TOKENS,
+                num_slots=PROMPT_TOKENS + OUTPUT_TOKENS - 1,
+                block_hashes=(),
+                block_size=self._pool.block_size,
             ),
         )
 

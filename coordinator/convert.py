@@ -6,19 +6,15 @@ from coordinator.registry import Member
 from coordinator.request import (
     ChatMessage,
     ChatPrompt,
-    Delta,
-    Event,
-    Finished,
     GenerateSpec,
     ModelInfo,
     Prompt,
-    Started,
     TextPrompt,
     TokenPrompt,
-    Usage,
 )
 from coordinator.router import Placement
 from kvrelay.errors import InvalidRequest, ServingError
+from kvrelay.events import Delta, Event, Finished, Started, Usage
 from kvrelay.rpc import convert, status
 from kvrelay.types import FinishReason, SamplingParams
 from kvrelay.v1 import common_pb2, decode_pb2, generate_pb2, pool_pb2, prefill_pb2

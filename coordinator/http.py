@@ -29,9 +29,9 @@ from coordinator.http_answer import Answer, Serving
 from coordinator.http_edge import Edge, json_response, read_body, refuse_http, require_json
 from coordinator.openai_reply import Reply
 from coordinator.openai_schema import ChatBody, CompletionBody, parse
-from coordinator.request import Started
 from kvrelay.config import SettingsError, TlsFiles, is_loopback, split_address
 from kvrelay.errors import Draining, InvalidRequest, NotFound
+from kvrelay.events import Started
 
 MAX_BODY_NUM_BYTES = 4 << 20
 BODY_S = 30.0

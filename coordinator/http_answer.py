@@ -11,8 +11,9 @@ from starlette.types import Receive, Scope, Send
 from coordinator.http_edge import REQUEST_ID, json_response, sse_event
 from coordinator.openai_reply import Json, Reply
 from coordinator.openai_schema import Call
-from coordinator.request import Delta, Event, Finished, GenerateSpec, ModelInfo, Started
+from coordinator.request import GenerateSpec, ModelInfo
 from kvrelay.errors import Draining, InvalidRequest
+from kvrelay.events import Delta, Event, Finished, Started
 
 
 class Serving(Protocol):

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from coordinator.request import Delta, Finished, ModelInfo, Usage
+from coordinator.request import ModelInfo
 from kvrelay import errors
+from kvrelay.events import Delta, Finished, Usage
 
 Json = dict[str, Any]
 

@@ -20,16 +20,11 @@ from coordinator.pool import Pool
 from coordinator.request import (
     ChatMessage,
     ChatPrompt,
-    Delta,
-    Event,
-    Finished,
     GenerateSpec,
     ModelInfo,
     Prompt,
-    Started,
     TextPrompt,
     TokenPrompt,
-    Usage,
     check,
     check_prompt,
     check_token_ids,
@@ -39,6 +34,7 @@ from coordinator.router import Placement, RouteRequest
 from coordinator.session import Job, NewTokens, Session, SessionLimits
 from kvrelay.clock import Clock
 from kvrelay.errors import Cancelled, DeadlinePassed, NotFound, ServingError
+from kvrelay.events import Delta, Event, Finished, Started, Usage
 from kvrelay.kv.prefix_index import block_hashes
 from kvrelay.obs.ledger import Ledger, LedgerBuilder
 from kvrelay.types import FinishReason, SamplingParams
@@ -223,6 +219,7 @@ class Relay:
             cache_salt=b"",
             route=RouteRequest(
                 num_prompt=len(prompt_ids),
+                num_slots=len(prompt_ids) + max_tokens - 1,
                 block_hashes=tuple(
                     block_hashes(prompt_ids, block_size, key=self._hash_key, salt=b"")
                 ),

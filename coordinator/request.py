@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvrelay.errors import InvalidRequest
-from kvrelay.obs.ledger import Ledger
-from kvrelay.types import FinishReason
 
 MAX_TEXT_CHARS = 1 << 20
 MAX_MESSAGES = 1024
@@ -80,45 +78,6 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     default_max_tokens: int
     disaggregate: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """Token counts of one request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Started:
-    """The request was admitted. First and once."""
-
-    request_id: str
-    seed: int
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """Tokens in order, with the text that they complete; either may be empty, not both."""
-
-    position: int
-    token_ids: tuple[int, ...]
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """Nothing follows."""
-
-    reason: FinishReason
-    usage: Usage
-    ledger: Ledger
-
-
-Event = Started | Delta | Finished
 
 
 def check(spec: GenerateSpec, model: ModelInfo) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from coordinator.registry import Member
-from kvrelay.errors import Incompatible
+from kvrelay.errors import Incompatible, KvPoolExhausted
 from kvrelay.transfer.select import choose_offer
 from kvrelay.types import Role, TransportOffer
 
@@ -39,6 +39,9 @@ class RouteRequest:
     """What routing needs to know of a request."""
 
     num_prompt: int
+    num_slots: int
+    """Tokens whose KV it may come to need: the prompt, and all but the last of the output."""
+
     block_hashes: tuple[bytes, ...]
     """Of the prompt's full blocks, in order."""
 
@@ -103,20 +106,25 @@ class Router:
         self._prefixes = prefixes
 
     def place(self, request: RouteRequest, members: Iterable[Member]) -> Placement | None:
-        """Choose workers, or None while no suitable one takes work."""
+        """Choose workers, or None while no suitable one takes work.
+
+        Raises:
+            KvPoolExhausted: there are decode workers, and none could ever hold it.
+        """
         able = [m for m in members if m.takes_work]
-        decodes = _preferred([m for m in able if m.identity.role is Role.DECODE], request.avoid)
+        decodes = [m for m in able if m.identity.role is Role.DECODE]
         if not decodes:
             return None
-        decode = min(decodes, key=lambda m: self._decode_cost(m, request))
+        candidates = _preferred(_large_enough(decodes, request), request.avoid)
+        decode = min(candidates, key=lambda m: self._decode_cost(m, request))
         uncached = self._uncached_tokens(decode, request)
         local = self._reason_to_stay_local(uncached)
         if local is not None:
             return Placement(
                 prefill=None, decode=decode, offer=None, reason=local, num_prefill_tokens=uncached
             )
-        prefills = _preferred([m for m in able if m.identity.role is Role.PREFILL], request.avoid)
-        pair = self._best_pair(request, prefills, decode)
+        prefills = [m for m in able if m.identity.role is Role.PREFILL]
+        pair = self._best_pair(request, _preferred(prefills, request.avoid), decode)
         if pair is None and self._rules.disaggregate is Disaggregate.AUTO:
             reason = "local: no prefill worker can hand over to it"
             return Placement(
@@ -149,6 +157,8 @@ class Router:
     ) -> Placement | None:
         """The prefill worker with the least work ahead among those that `decode` can pull from."""
         for prefill in sorted(prefills, key=lambda m: self._prefill_cost(m, request)):
+            if prefill.identity.num_blocks * request.block_size < request.num_prompt:
+                continue
             try:
                 offer = choose_offer(prefill.identity.offers, decode.identity.offers)
             except Incompatible:
@@ -179,6 +189,16 @@ class Router:
         """Prompt tokens to compute there; at least the last one always is."""
         cached = self._prefixes.match(member.worker_id, request.block_hashes) * request.block_size
         return max(1, request.num_prompt - cached)
+
+
+def _large_enough(members: Sequence[Member], request: RouteRequest) -> Sequence[Member]:
+    """Those whose whole pool could hold the request; waiting for others is in vain."""
+    wanted = -(-request.num_slots // request.block_size)
+    found = [m for m in members if m.identity.num_blocks >= wanted]
+    if not found:
+        largest = max(m.identity.num_blocks for m in members)
+        raise KvPoolExhausted(wanted_blocks=wanted, free_blocks=largest)
+    return found
 
 
 def _preferred(members: Sequence[Member], avoid: frozenset[str]) -> Sequence[Member]:

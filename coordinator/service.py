@@ -15,9 +15,9 @@ from coordinator import convert
 from coordinator.canary import Canary
 from coordinator.pool import Pool, Seat
 from coordinator.relay import Relay
-from coordinator.request import Finished, Started
 from kvrelay.clock import Clock
 from kvrelay.errors import InvalidRequest, PeerUnavailable
+from kvrelay.events import Finished, Started
 from kvrelay.rpc import convert as rpc_convert
 from kvrelay.v1 import generate_pb2 as pb
 from kvrelay.v1 import generate_pb2_grpc, pool_pb2, pool_pb2_grpc

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import structlog
@@ -135,13 +135,7 @@ class Session:
         return placement
 
     def _route(self) -> RouteRequest:
-        route = self._job.route
-        return RouteRequest(
-            num_prompt=route.num_prompt,
-            block_hashes=route.block_hashes,
-            block_size=route.block_size,
-            avoid=self._avoid,
-        )
+        return replace(self._job.route, avoid=self._avoid)
 
     async def _attempt(self, placement: Placement) -> AsyncGenerator[NewTokens, None]:
         """Run one placement until the request finishes or the attempt is lost."""

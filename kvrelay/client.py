@@ -12,11 +12,12 @@ from types import TracebackType
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kvrelay.events import Delta, Event, Finished, Started, Usage
 from kvrelay.obs.ledger import Ledger
 from kvrelay.rpc import convert
 from kvrelay.rpc.channel import open_channel
 from kvrelay.rpc.status import from_grpc
-from kvrelay.types import FinishReason, WorkerIdentity, WorkerLoad
+from kvrelay.types import WorkerIdentity, WorkerLoad
 from kvrelay.v1 import common_pb2, generate_pb2, generate_pb2_grpc, pool_pb2, pool_pb2_grpc
 
 
@@ -40,45 +41,6 @@ class GenerateOptions:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Started:
-    """The request was admitted. First and once."""
-
-    request_id: str
-    seed: int
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """Tokens in order, with the text that they complete."""
-
-    position: int
-    token_ids: tuple[int, ...]
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """Token counts of one request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """Nothing follows."""
-
-    reason: FinishReason
-    usage: Usage
-    ledger: Ledger
-
-
-Event = Started | Delta | Finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,15 +10,8 @@ import typer
 from rich.console import Console
 
 from kvrelay.cli import render, target
-from kvrelay.client import (
-    Client,
-    Delta,
-    Event,
-    Finished,
-    GenerateOptions,
-    Message,
-    Started,
-)
+from kvrelay.client import Client, GenerateOptions, Message
+from kvrelay.events import Delta, Event, Finished, Started
 
 
 @dataclass(slots=True)

@@ -6,10 +6,7 @@
 """
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import grpc
 
@@ -25,7 +22,7 @@ from kvrelay.errors import (
 )
 from kvrelay.kv.cache import KvCache
 from kvrelay.rpc import status
-from kvrelay.rpc.channel import open_channel
+from kvrelay.rpc.channels import Channels
 from kvrelay.transfer.base import BlockCopy, PullStats, RemoteHold
 from kvrelay.types import TransportOffer
 from kvrelay.v1 import handoff_pb2, handoff_pb2_grpc
@@ -58,7 +55,7 @@ class StreamTransport:
         clock: Clock | None = None,
     ) -> None:
         self._worker_id = worker_id
-        self._channels = _Channels(tls, limit=max_channels)
+        self._channels = Channels(tls=tls, max_idle=max_channels)
         self._clock = clock or MonotonicClock()
         self._cache: KvCache | None = None
         self._is_closed = False
@@ -178,42 +175,3 @@ class _Landing:
                 f"bytes end at block {self._num_landed} of {len(self._copies)}, "
                 f"offset {self._offset}"
             )
-
-
-class _Channels:
-    """One channel per holder address, the least recently used idle ones closed first."""
-
-    def __init__(self, tls: TlsFiles | None, *, limit: int) -> None:
-        self._tls = tls
-        self._limit = limit
-        self._channels: OrderedDict[str, _Channel] = OrderedDict()
-
-    @asynccontextmanager
-    async def use(self, address: str) -> AsyncIterator[grpc.aio.Channel]:
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = _Channel(open_channel(address, tls=self._tls))
-        self._channels.move_to_end(address)
-        channel.num_users += 1
-        try:
-            yield channel.grpc
-        finally:
-            channel.num_users -= 1
-            await self._shrink()
-
-    async def close(self) -> None:
-        """Every channel, in use or not."""
-        while self._channels:
-            _, channel = self._channels.popitem()
-            await channel.grpc.close()
-
-    async def _shrink(self) -> None:
-        idle = [address for address, channel in self._channels.items() if not channel.num_users]
-        for address in idle[: max(0, len(self._channels) - self._limit)]:
-            await self._channels.pop(address).grpc.close()
-
-
-@dataclass(slots=True)
-class _Channel:
-    grpc: grpc.aio.Channel
-    num_users: int = 0

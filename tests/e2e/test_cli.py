@@ -16,7 +16,8 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from kvrelay.client import Delta, GenerateOptions, Message
+from kvrelay.client import GenerateOptions, Message
+from kvrelay.events import Delta
 from kvrelay.store.pull import pull
 from tests.support import tiny_gguf
 from tests.support.deployment import Deployment, deployment

@@ -9,17 +9,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from coordinator.http import HttpFront
-from coordinator.request import (
-    Delta,
-    Event,
-    Finished,
-    GenerateSpec,
-    ModelInfo,
-    Started,
-    Usage,
-    check,
-)
+from coordinator.request import GenerateSpec, ModelInfo, check
 from kvrelay.errors import ServingError
+from kvrelay.events import Delta, Event, Finished, Started, Usage
 from kvrelay.obs.ledger import LedgerBuilder
 from kvrelay.types import FinishReason
 

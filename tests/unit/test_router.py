@@ -1,9 +1,11 @@
 """Where requests go, and why."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.router import Disaggregate, PrefixMap, Router, RouteRequest, RouteRules
+from kvrelay.errors import KvPoolExhausted
 from kvrelay.types import Role, TransportOffer, WorkerLoad
 from tests.support.members import member
 
@@ -17,7 +19,11 @@ def router(disaggregate=Disaggregate.ALWAYS, local=8, prefixes=None):
 
 def request(num_prompt=100, hashes=(), avoid=()):
     return RouteRequest(
-        num_prompt=num_prompt, block_hashes=tuple(hashes), block_size=4, avoid=frozenset(avoid)
+        num_prompt=num_prompt,
+        num_slots=num_prompt + 3,
+        block_hashes=tuple(hashes),
+        block_size=4,
+        avoid=frozenset(avoid),
     )
 
 
@@ -103,6 +109,18 @@ def test_always_waits_for_a_prefill_worker_and_never_needs_none():
     assert router(Disaggregate.ALWAYS).place(request(), only_decode) is None
     assert names(router(Disaggregate.NEVER).place(request(), only_decode)) == (None, "d0")
     assert names(router(Disaggregate.AUTO).place(request(), only_decode)) == (None, "d0")
+
+
+def test_a_request_that_no_pool_could_ever_hold_is_refused_with_the_sizes():
+    """
+    64 blocks of 4 slots hold 256 tokens; waiting would not change that.
+    """
+    pool = [member("p0", P), member("d0", D)]
+
+    assert router().place(request(253), pool) is not None
+    with pytest.raises(KvPoolExhausted) as refused:
+        router().place(request(254), pool)
+    assert refused.value.details == {"wanted_blocks": "65", "free_blocks": "64"}
 
 
 def test_no_decode_worker_means_no_placement():
