@@ -8,12 +8,8 @@
 
 import asyncio
 import contextlib
-import json
-import os
 import secrets
-import signal
 import sys
-from collections.abc import Sequence
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -22,19 +18,20 @@ from coordinator.admission import Admission, AdmissionLimits
 from coordinator.canary import Canary
 from coordinator.config import CoordinatorConfig
 from coordinator.http import HttpFront
+from coordinator.lifecycle import Patience
 from coordinator.pool import Pool
 from coordinator.registry import Registry
 from coordinator.relay import Relay
 from coordinator.request import ModelInfo
 from coordinator.router import Disaggregate, PrefixMap, Router, RouteRules
 from coordinator.service import GenerateServicer, PoolServicer
-from coordinator.session import SessionLimits
 from coordinator.tokenizer import Tokenizer
 from coordinator.workers import Workers
+from kvrelay import process
 from kvrelay.clock import MonotonicClock
 from kvrelay.config import exit_when_refused, load_settings
 from kvrelay.obs import logging
-from kvrelay.obs.metrics import CoordinatorMetrics
+from kvrelay.obs.metrics import CoordinatorMetrics, serve_metrics
 from kvrelay.rpc.server import RpcServer, Service
 from kvrelay.store.manifest import model_digest, read_model_dir, resolve_model
 from kvrelay.types import Role
@@ -83,7 +80,6 @@ async def _serve(config: CoordinatorConfig) -> None:
         clock=clock,
         on_change=lambda members: metrics.observe_pool([(m.identity, m.load) for m in members]),
     )
-    limits = SessionLimits(max_attempts=config.max_attempts, queue_limit_s=config.queue_limit_s)
     relay = Relay(
         model=model,
         tokenizer=tokenizer,
@@ -93,7 +89,7 @@ async def _serve(config: CoordinatorConfig) -> None:
                 max_requests=config.max_requests, max_tokens=config.max_tokens_under_way
             )
         ),
-        limits=limits,
+        patience=Patience(max_attempts=config.max_attempts, queue_limit_s=config.queue_limit_s),
         books=metrics,
         clock=clock,
         mint_id=_mint_id,
@@ -109,7 +105,10 @@ async def _serve(config: CoordinatorConfig) -> None:
         clock=clock,
         mint_id=_mint_id,
         disaggregate=disaggregate,
-        expect={Role.PREFILL: config.expect_prefill, Role.DECODE: config.expect_decode},
+        expect={
+            Role.PREFILL: 0 if disaggregate is Disaggregate.NEVER else config.expect_prefill,
+            Role.DECODE: config.expect_decode,
+        },
         interval_s=config.canary_interval_s,
         on_change=lambda is_ready: server.set_serving(is_ready),
     )
@@ -144,7 +143,12 @@ async def _serve(config: CoordinatorConfig) -> None:
         tls=config.tls,
         insecure=config.insecure,
     )
-    await _run(config, relay=relay, pool=pool, canary=canary, server=server, http=http)
+    exporter = serve_metrics(config.metrics_listen, prometheus) if config.metrics_listen else None
+    try:
+        await _run(config, relay=relay, pool=pool, canary=canary, server=server, http=http)
+    finally:
+        if exporter is not None:
+            exporter.close()
 
 
 async def _run(
@@ -156,56 +160,34 @@ async def _run(
     server: RpcServer,
     http: HttpFront,
 ) -> None:
-    stop = _stop_signal()
+    stop = process.stop_signal()
     grpc_address = await server.start()
     http_address = await http.start()
-    tasks = [asyncio.create_task(pool.run()), asyncio.create_task(canary.run())]
+    expelling = asyncio.create_task(pool.run())
+    probing = asyncio.create_task(canary.run())
     log.info("coordinator.listening", grpc=grpc_address, http=http_address)
-    _tell(config.ready_fd, {"grpc": config.advertised(grpc_address), "http": http_address})
+    process.tell_ready(
+        config.ready_fd, {"grpc": config.advertised(grpc_address), "http": http_address}
+    )
     try:
-        await _until(stop, tasks)
+        await process.until(stop, (expelling, probing))
         log.info("coordinator.draining", active_requests=relay.num_active)
-        server.set_serving(False)
+        await _end(probing)  # and with it, what health says
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(config.drain_s):
                 await relay.drain()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _end(probing, expelling)
         await http.stop(grace_s=1.0)
         await pool.close()
         await server.drain(1.0)
         log.info("coordinator.stopped")
 
 
-async def _until(stop: asyncio.Event, tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Wait for the signal. The tasks never end by themselves: one that did has failed."""
-    stopped = asyncio.create_task(stop.wait())
-    done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    for task in done - {stopped}:
-        task.result()
-
-
-def _stop_signal() -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT; a second one ends the process at once."""
-    stop = asyncio.Event()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            os._exit(1)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    return stop
-
-
-def _tell(ready_fd: int, addresses: dict[str, str]) -> None:
-    if ready_fd >= 0:
-        with os.fdopen(ready_fd, "w") as pipe:
-            pipe.write(json.dumps(addresses) + "\n")
+async def _end(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _mint_id() -> str:

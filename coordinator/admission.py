@@ -35,13 +35,11 @@ class Admission:
     def num_tokens(self) -> int:
         return self._num_tokens
 
-    def admit(self, request_id: str, num_tokens: int) -> None:
-        """Take room for a request of `num_tokens` tokens at most, or refuse it.
-
-        One request alone is never too large: bounds on single requests are elsewhere.
+    def admit(self, request_id: str) -> None:
+        """Take room for one more request, before so much as its tokens are counted.
 
         Raises:
-            QueueFull: a bound would be crossed.
+            QueueFull: there are as many as there may be.
             Draining: nothing new is taken.
         """
         assert request_id not in self._tokens
@@ -51,7 +49,18 @@ class Admission:
             raise QueueFull(
                 what="requests", queued=self.num_requests, limit=self._limits.max_requests
             )
-        if self._tokens and self._num_tokens + num_tokens > self._limits.max_tokens:
+        self._tokens[request_id] = 0
+
+    def weigh(self, request_id: str, num_tokens: int) -> None:
+        """Take room for the tokens of an admitted request: its prompt and most of its output.
+
+        One request alone is never too heavy: bounds on single requests are elsewhere.
+
+        Raises:
+            QueueFull: the bound would be crossed; the request is still to be released.
+        """
+        assert self._tokens[request_id] == 0
+        if self._num_tokens and self._num_tokens + num_tokens > self._limits.max_tokens:
             raise QueueFull(what="tokens", queued=self._num_tokens, limit=self._limits.max_tokens)
         self._tokens[request_id] = num_tokens
         self._num_tokens += num_tokens

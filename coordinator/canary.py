@@ -1,23 +1,23 @@
 """Readiness: a small request crosses the pool, now and then, and its tokens are compared.
 
-Every prefill and every decode worker is crossed at least once when it joins. All crossings
-are of one and the same request, so they must give the same tokens: a worker whose answer
-differs serves wrong numbers, and the deployment says so instead of serving on.
+Each worker is crossed when it joins; later, what callers' own requests prove need not be
+proved again. All crossings are of one and the same request, so they must give the same
+tokens: a worker whose answer differs serves wrong numbers, and the deployment says so
+instead of serving on.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import structlog
 
 from coordinator.pool import Pool
 from coordinator.registry import Member
 from coordinator.relay import Relay
-from coordinator.router import Disaggregate, Placement, RouteRequest
+from coordinator.router import Disaggregate, Placement, RouteRequest, common_offer
 from coordinator.session import Job
 from kvrelay.clock import Clock
-from kvrelay.errors import Incompatible, ServingError
-from kvrelay.transfer.select import choose_offer
+from kvrelay.errors import ServingError
 from kvrelay.types import Role, SamplingParams
 
 log = structlog.get_logger(__name__)
@@ -27,6 +27,9 @@ PROMPT_TOKENS = 40
 
 OUTPUT_TOKENS = 3
 RETRY_S = 0.5
+
+Pair = tuple[Member | None, Member]
+"""Who prefills, None for the same, and who decodes."""
 
 
 class Canary:
@@ -52,7 +55,10 @@ class Canary:
         self._expect = expect
         self._interval_s = interval_s
         self._on_change = on_change
-        self._answer: tuple[int, ...] | None = None
+        self._answers: dict[Member, tuple[int, ...]] = {}
+        """What those members that were crossed said; of members only."""
+
+        self._was_ready = False
         self.not_ready_reason = "starting"
 
     @property
@@ -60,58 +66,74 @@ class Canary:
         return not self.not_ready_reason
 
     async def run(self) -> None:
-        """Keep readiness true. Ends when cancelled."""
-        while True:
-            members = self._pool.members()
-            reason, wait_s = await self._look(members)
-            if reason != self.not_ready_reason:
-                self.not_ready_reason = reason
-                log.info("canary.ready" if not reason else "canary.not_ready", reason=reason)
-                self._on_change(not reason)
-            await self._wait(wait_s, {_key(m) for m in members})
-
-    async def _look(self, members: Sequence[Member]) -> tuple[str, float]:
-        """Why the pool is not ready, if so, and how long to leave it alone."""
-        missing = self._missing()
-        if missing:
-            return missing, self._interval_s
+        """Keep readiness true. Ends when cancelled, and is ready no more."""
         try:
-            for prefill, decode in self._pairs(members):
-                await self._cross(prefill, decode)
-        except ServingError as error:
-            return f"canary failed: {error}", RETRY_S
-        return "", self._interval_s
+            while True:
+                members = self._able()
+                reason = await self._look(members)
+                self._say(reason)
+                wait_s = RETRY_S if reason and not self._missing(members) else self._interval_s
+                await self._wait(wait_s, members)
+        finally:
+            self._say("stopping")
 
-    def _missing(self) -> str:
+    def _able(self) -> list[Member]:
+        return [m for m in self._pool.members() if m.takes_work]
+
+    def _say(self, reason: str) -> None:
+        if reason != self.not_ready_reason:
+            self.not_ready_reason = reason
+            log.info("canary.not_ready" if reason else "canary.ready", reason=reason)
+            self._on_change(not reason)
+        self._was_ready |= not reason
+
+    async def _look(self, members: Sequence[Member]) -> str:
+        """Why the pool is not ready, or nothing."""
+        missing = self._missing(members)
+        if missing:
+            return missing
+        self._answers = {m: answer for m, answer in self._answers.items() if m in members}
+        if self._is_proved(members):
+            return ""
+        problems = [await self._cross(pair) for pair in _pairs(members, self._disaggregate)]
+        for problem in filter(None, problems):
+            log.warning("canary.failed", problem=problem)
+        if len(set(self._answers.values())) > 1:
+            return "workers give different tokens for the same request"
+        if all(problems):
+            return problems[0] if problems else "no decode worker can pull from a prefill worker"
+        return ""
+
+    def _missing(self, members: Sequence[Member]) -> str:
         """Which workers are not there yet: all that are expected, later one of each kind."""
         for role, expected in self._needed().items():
-            there = self._pool.count(role)
+            there = sum(m.identity.role is role for m in members)
             if there < expected:
                 return f"{there} of {expected} {role.value} workers joined"
         return ""
 
     def _needed(self) -> dict[Role, int]:
-        if self._answer is None:
+        if not self._was_ready:
             return self._expect
         prefill_is_vital = self._disaggregate is Disaggregate.ALWAYS
         return {Role.PREFILL: int(prefill_is_vital), Role.DECODE: 1}
 
-    def _pairs(self, members: Sequence[Member]) -> list[tuple[Member | None, Member]]:
-        """So many crossings that each worker is in at least one."""
-        decodes = [m for m in members if m.identity.role is Role.DECODE]
-        prefills = [m for m in members if m.identity.role is Role.PREFILL]
-        if self._disaggregate is Disaggregate.NEVER or not prefills:
-            return [(None, decode) for decode in decodes]
-        rounds = max(len(prefills), len(decodes))
-        return [(prefills[i % len(prefills)], decodes[i % len(decodes)]) for i in range(rounds)]
+    def _is_proved(self, members: Sequence[Member]) -> bool:
+        """Whether everybody was crossed once, and some request ended well lately."""
+        since_s = self._clock.now() - self._relay.last_success_s
+        return self.is_ready and since_s < self._interval_s and self._answers.keys() >= {*members}
 
-    async def _cross(self, prefill: Member | None, decode: Member) -> None:
-        probe = await self._relay.probe(self._job(), lambda _: _fixed(prefill, decode))
-        if self._answer is None:
-            self._answer = probe.token_ids
-        if probe.token_ids != self._answer:
-            pair = f"{prefill.worker_id if prefill else 'no prefill worker'} and {decode.worker_id}"
-            raise Incompatible(f"{pair} gave other tokens than workers before them")
+    async def _cross(self, pair: Pair) -> str:
+        """Send the request through; what went wrong, if something did."""
+        prefill, decode = pair
+        try:
+            answer = await self._relay.probe(self._job(), lambda _: _placement(pair))
+        except ServingError as error:
+            return f"canary by {_name(pair)} failed: {error}"
+        for member in (prefill, decode):
+            if member is not None:
+                self._answers[member] = answer
+        return ""
 
     def _job(self) -> Job:
         request_id = self._mint_id()
@@ -133,10 +155,10 @@ class Canary:
             ),
         )
 
-    async def _wait(self, wait_s: float, known: set[tuple[str, str]]) -> None:
+    async def _wait(self, wait_s: float, known: Collection[Member]) -> None:
         """Until it is time to look again: the interval, or a worker that is new or gone."""
         until_s = self._clock.now() + wait_s
-        while {_key(m) for m in self._pool.members()} == known:
+        while set(self._able()) == set(known):
             try:
                 async with asyncio.timeout(until_s - self._clock.now()):
                     await self._pool.wait_change()
@@ -144,16 +166,37 @@ class Canary:
                 return
 
 
-def _fixed(prefill: Member | None, decode: Member) -> Placement:
-    offer = choose_offer(prefill.identity.offers, decode.identity.offers) if prefill else None
+def _pairs(members: Sequence[Member], disaggregate: Disaggregate) -> list[Pair]:
+    """So many crossings that each worker that can be in one is in at least one."""
+    prefills = [m for m in members if m.identity.role is Role.PREFILL]
+    decodes = [m for m in members if m.identity.role is Role.DECODE]
+    if disaggregate is Disaggregate.NEVER:
+        return [(None, decode) for decode in decodes]
+    pairs: list[Pair] = []
+    for i, decode in enumerate(decodes):
+        sources = [p for p in prefills if common_offer(p, decode) is not None]
+        if sources:
+            pairs.append((sources[i % len(sources)], decode))
+        elif disaggregate is Disaggregate.AUTO:
+            pairs.append((None, decode))
+    crossed = {prefill for prefill, _ in pairs}
+    for prefill in prefills:
+        pullers = [d for d in decodes if common_offer(prefill, d) is not None]
+        if prefill not in crossed and pullers:
+            pairs.append((prefill, pullers[0]))
+    return pairs
+
+
+def _placement(pair: Pair) -> Placement:
+    prefill, decode = pair
     return Placement(
         prefill=prefill,
         decode=decode,
-        offer=offer,
+        offer=None if prefill is None else common_offer(prefill, decode),
         reason="canary",
         num_prefill_tokens=PROMPT_TOKENS,
     )
 
 
-def _key(member: Member) -> tuple[str, str]:
-    return (member.worker_id, member.identity.epoch)
+def _name(pair: Pair) -> str:
+    return " and ".join(m.worker_id for m in pair if m is not None)

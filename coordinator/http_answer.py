@@ -78,10 +78,12 @@ class Answer:
             "x-request-id": reply.request_id,
         }
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        # What fails before the first token still gets a status of its own.
+        first = await anext(events)
         await send({"type": "http.response.start", "status": 200, "headers": raw})
         await _send_events(send, reply.opening())
         is_finished = False
-        async for event in events:
+        async for event in _chain(first, events):
             if isinstance(event, Delta):
                 await _send_events(send, reply.delta(event))
             elif isinstance(event, Finished):
@@ -89,6 +91,12 @@ class Answer:
                 await _send_events(send, reply.closing(event))
         assert is_finished
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+
+async def _chain(first: Event, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+    yield first
+    async for event in events:
+        yield event
 
 
 async def _while_connected(

@@ -5,9 +5,10 @@ copy of anything. So a lost worker at any point means the same thing: place it a
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 
-from kvrelay.errors import KvCorrupt, NoWorker, ServingError
+from kvrelay.errors import KvCorrupt, NoWorker, Overloaded, ServingError
 
 
 class Phase(Enum):
@@ -65,8 +66,6 @@ TRANSITIONS: Mapping[Phase, Mapping[Event, Phase]] = {
     Phase.FAILED: {},
 }
 
-FINAL = frozenset(phase for phase, after in TRANSITIONS.items() if not after)
-
 
 def advance(phase: Phase, event: Event) -> Phase:
     """The phase after `event`. An event that a phase does not list is a bug here."""
@@ -75,20 +74,36 @@ def advance(phase: Phase, event: Event) -> Phase:
     return after
 
 
-def verdict(losses: Sequence[ServingError], *, max_attempts: int) -> ServingError | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long and how often a request is tried."""
+
+    max_attempts: int
+    """Attempts that may be lost to workers, handoffs or bytes."""
+
+    queue_limit_s: float
+    """Longest wait for a worker that is there and has room."""
+
+
+def verdict(
+    losses: Sequence[ServingError], patience: Patience, *, refused_s: float
+) -> ServingError | None:
     """What the latest of `losses`, oldest first, means for the request.
 
-    None: place it again. Otherwise the error that ends it.
+    None: place it again. Otherwise the error that ends it. Workers without room have lost
+    nothing: they cost the request time, `refused_s` since the first refusal, and no attempt.
     """
     last = losses[-1]
-    if not last.retryable:
-        return last
+    assert last.retryable, last
+    if isinstance(last, Overloaded):
+        return last if refused_s >= patience.queue_limit_s else None
     if sum(isinstance(loss, KvCorrupt) for loss in losses) > 1:
         return last
-    if len(losses) >= max_attempts:
+    num_lost = sum(not isinstance(loss, Overloaded) for loss in losses)
+    if num_lost >= patience.max_attempts:
         return NoWorker(
-            f"{len(losses)} attempts lost, the last to {last.reason}: {last}",
-            attempts=len(losses),
+            f"{num_lost} attempts lost, the last to {last.reason}: {last}",
+            attempts=num_lost,
             last_reason=last.reason,
         )
     return None

@@ -14,11 +14,14 @@ from coordinator.registry import Member, Registry
 from coordinator.router import Placement, Router, RouteRequest
 from coordinator.workers import Attempt, Inbox, Workers
 from kvrelay.clock import Clock
-from kvrelay.types import Role, WorkerIdentity, WorkerLoad
+from kvrelay.types import WorkerIdentity, WorkerLoad
 
 log = structlog.get_logger(__name__)
 
 DEFAULT_BLOCK_SIZE = 16
+
+STALL_S = 0.5
+"""A timer that fires so late says that the event loop was kept from running."""
 
 
 class Seat:
@@ -46,16 +49,13 @@ class Pool:
         self._workers = workers
         self._clock = clock
         self._on_change = on_change
-        self._seats: dict[tuple[str, str], Seat] = {}
+        self._seats: dict[Member, Seat] = {}
         self._changed = asyncio.Event()
         self._leaving: set[asyncio.Task[None]] = set()
 
     def members(self) -> list[Member]:
         """All members, prefill workers first."""
         return list(self._registry)
-
-    def count(self, role: Role) -> int:
-        return len(self._registry.by_role(role))
 
     @property
     def block_size(self) -> int:
@@ -70,28 +70,33 @@ class Pool:
         Raises:
             Incompatible: see `Registry.join`.
         """
-        replaced = self._registry.join(identity, self._clock.now())
+        member, replaced = self._registry.join(identity, self._clock.now())
         if replaced is not None:
             self._expel(replaced, "replaced")
-        member = self._registry.get(identity.worker_id, identity.epoch)
-        assert member is not None
-        seat = Seat(member)
-        self._seats[_key(member)] = seat
-        self._workers.add(member, on_end=lambda: self.leave(member, "session ended"))
+        seat = self._seats[member] = Seat(member)
+        self._workers.add(
+            member,
+            on_open=lambda: self._linked(member),
+            on_end=lambda: self.leave(member, "session ended"),
+        )
         log.info("pool.joined", worker_id=member.worker_id, role=identity.role.value)
         self._notify()
         return seat
 
     def heard(self, member: Member, load: WorkerLoad) -> None:
         """Note a heartbeat. A member that starts draining changes where requests may go."""
-        identity = member.identity
-        if self._registry.heard(identity.worker_id, identity.epoch, load, self._clock.now()):
+        if member in self._registry:
+            self._registry.heard(member, load, self._clock.now())
             self._notify()
 
     def leave(self, member: Member, why: str) -> None:
         """End a membership. Safe to repeat; its requests are placed again."""
-        if self._registry.leave(member.worker_id, member.identity.epoch) is not None:
+        if self._registry.leave(member):
             self._expel(member, why)
+
+    def _linked(self, member: Member) -> None:
+        member.is_linked = True
+        self._notify()
 
     def place(self, request: RouteRequest) -> Placement | None:
         """Where the request goes now, or None while nothing suitable takes work."""
@@ -133,8 +138,18 @@ class Pool:
                 async with asyncio.timeout(wait_s):
                     await self.wait_change()
             except TimeoutError:
-                for member in self._registry.silent(self._clock.now()):
-                    self.leave(member, "silent")
+                self._expel_silent(suspicion_s)
+
+    def _expel_silent(self, suspicion_s: float | None) -> None:
+        """Expel who fell silent, unless it was this process that stood still: then heartbeats
+        wait unread, and everybody gets another suspicion time.
+        """
+        now_s = self._clock.now()
+        if suspicion_s is not None and now_s - suspicion_s > STALL_S:
+            log.warning("pool.stalled", stalled_s=round(now_s - suspicion_s, 3))
+            self._registry.excuse(now_s)
+        for member in self._registry.silent(now_s):
+            self.leave(member, "silent")
 
     async def close(self) -> None:
         """End every membership and session."""
@@ -146,9 +161,7 @@ class Pool:
     def _expel(self, member: Member, why: str) -> None:
         log.info("pool.left", worker_id=member.worker_id, why=why)
         self._router.forget(member.worker_id)
-        seat = self._seats.pop(_key(member), None)
-        if seat is not None:
-            seat.expelled.set()
+        self._seats.pop(member).expelled.set()
         task = asyncio.create_task(self._workers.remove(member))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
@@ -158,10 +171,6 @@ class Pool:
         self._on_change(self.members())
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-def _key(member: Member) -> tuple[str, str]:
-    return (member.worker_id, member.identity.epoch)
 
 
 def _attempt(work: Work) -> tuple[str, int]:

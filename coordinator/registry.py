@@ -11,13 +11,18 @@ from kvrelay.errors import Incompatible
 from kvrelay.types import Fingerprint, Role, WorkerIdentity, WorkerLoad
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Member:
-    """A worker as the coordinator sees it."""
+    """One membership of a worker: it joined once, and leaves once. Known by identity, since a
+    worker that joins again, in the same epoch too, is a new member.
+    """
 
     identity: WorkerIdentity
     load: WorkerLoad
     heard_at_s: float
+    is_linked: bool = False
+    """Whether our session with it stands, so that it can be told anything."""
+
     placed: dict[tuple[str, int], int] = field(default_factory=dict)
     """Prompt tokens that we asked it to compute and it has not, by (request_id, attempt)."""
 
@@ -35,21 +40,25 @@ class Member:
         return max(self.placed_prompt_tokens, self.load.queued_prompt_tokens)
 
     @property
+    def num_slots(self) -> int:
+        """Tokens whose KV its whole pool can hold."""
+        return self.identity.num_blocks * self.identity.fingerprint.layout.block_size
+
+    @property
     def takes_work(self) -> bool:
-        return not self.load.is_draining
+        return self.is_linked and not self.load.is_draining
 
 
 class Registry:
-    """The pool. Every change that may let a waiting request be placed grows `version`."""
+    """The members, at most one of each name."""
 
     def __init__(self, *, model_digest: str, suspect_after_s: float) -> None:
         self._model_digest = model_digest
         self._suspect_after_s = suspect_after_s
         self._members: dict[str, Member] = {}
-        self.version = 0
 
-    def join(self, identity: WorkerIdentity, now_s: float) -> Member | None:
-        """Admit a worker. Returns the member of the same name that it replaces, if any.
+    def join(self, identity: WorkerIdentity, now_s: float) -> tuple[Member, Member | None]:
+        """Admit a worker. Returns the new member, and the one of the same name it replaces.
 
         Raises:
             Incompatible: it serves another model than this coordinator tokenizes for, or
@@ -58,26 +67,20 @@ class Registry:
         self._require_compatible(identity)
         replaced = self._members.pop(identity.worker_id, None)
         load = WorkerLoad(free_blocks=identity.num_blocks)
-        self._members[identity.worker_id] = Member(identity=identity, load=load, heard_at_s=now_s)
-        self.version += 1
-        return replaced
+        member = Member(identity=identity, load=load, heard_at_s=now_s)
+        self._members[identity.worker_id] = member
+        return member, replaced
 
-    def heard(self, worker_id: str, epoch: str, load: WorkerLoad, now_s: float) -> bool:
-        """Note a heartbeat. False if that worker and epoch are no member (any more)."""
-        member = self.get(worker_id, epoch)
-        if member is None:
-            return False
+    def heard(self, member: Member, load: WorkerLoad, now_s: float) -> None:
+        """Note a heartbeat: it renews the lease."""
         member.load, member.heard_at_s = load, now_s
-        self.version += 1
-        return True
 
-    def leave(self, worker_id: str, epoch: str) -> Member | None:
-        """Forget a member; None if that worker and epoch is none."""
-        member = self.get(worker_id, epoch)
-        if member is None:
-            return None
-        self.version += 1
-        return self._members.pop(worker_id)
+    def leave(self, member: Member) -> bool:
+        """Forget a member; False if it is none (any more)."""
+        if member not in self:
+            return False
+        del self._members[member.worker_id]
+        return True
 
     def silent(self, now_s: float) -> list[Member]:
         """Members not heard for the suspicion time."""
@@ -89,18 +92,16 @@ class Registry:
             return None
         return min(m.heard_at_s for m in self) + self._suspect_after_s
 
-    def get(self, worker_id: str, epoch: str) -> Member | None:
-        member = self._members.get(worker_id)
-        return member if member is not None and member.identity.epoch == epoch else None
-
-    def by_role(self, role: Role) -> list[Member]:
-        return [m for m in self if m.identity.role is role]
+    def excuse(self, now_s: float) -> None:
+        """Hear everybody now: it was us who did not listen."""
+        for member in self:
+            member.heard_at_s = now_s
 
     def __iter__(self) -> Iterator[Member]:
         return iter(sorted(self._members.values(), key=_by_role_and_name))
 
-    def __len__(self) -> int:
-        return len(self._members)
+    def __contains__(self, member: Member) -> bool:
+        return self._members.get(member.worker_id) is member
 
     def _require_compatible(self, identity: WorkerIdentity) -> None:
         theirs = identity.fingerprint

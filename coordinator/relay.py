@@ -15,7 +15,7 @@ import structlog
 
 from coordinator.admission import Admission
 from coordinator.detokenizer import Detokenizer
-from coordinator.lifecycle import Phase
+from coordinator.lifecycle import Patience, Phase
 from coordinator.pool import Pool
 from coordinator.request import (
     ChatMessage,
@@ -27,13 +27,12 @@ from coordinator.request import (
     TokenPrompt,
     check,
     check_prompt,
-    check_token_ids,
     resolve_max_tokens,
 )
 from coordinator.router import Placement, RouteRequest
-from coordinator.session import Job, NewTokens, Session, SessionLimits
+from coordinator.session import Job, NewTokens, Session
 from kvrelay.clock import Clock
-from kvrelay.errors import Cancelled, DeadlinePassed, NotFound, ServingError
+from kvrelay.errors import Cancelled, NotFound, ServingError
 from kvrelay.events import Delta, Event, Finished, Started, Usage
 from kvrelay.kv.prefix_index import block_hashes
 from kvrelay.obs.ledger import Ledger, LedgerBuilder
@@ -74,7 +73,7 @@ class Relay:
         tokenizer: Tokens,
         pool: Pool,
         admission: Admission,
-        limits: SessionLimits,
+        patience: Patience,
         books: Books,
         clock: Clock,
         mint_id: Callable[[], str],
@@ -86,7 +85,7 @@ class Relay:
         self._tokenizer = tokenizer
         self._pool = pool
         self._admission = admission
-        self._limits = limits
+        self._patience = patience
         self._books = books
         self._clock = clock
         self._mint_id = mint_id
@@ -95,9 +94,13 @@ class Relay:
         self._max_remembered = max_remembered
         self._ledgers: OrderedDict[str, Ledger] = OrderedDict()
         self._sessions: dict[str, Session] = {}
+        self._open: set[str] = set()  # requests whose books are not closed
         self._idle = asyncio.Event()
         self._idle.set()
         self.num_finished = 0
+        self.last_success_s = float("-inf")
+        """When a request last ended well, by the clock."""
+
         self.num_lost_attempts = 0
 
     @property
@@ -124,19 +127,17 @@ class Relay:
         arrived_at_s = self._clock.now()
         deadline_s = None if time_left_s is None else arrived_at_s + time_left_s
         check(spec, self.model)
-        prompt_ids = tuple(await self._encode(spec.prompt))
-        max_tokens = resolve_max_tokens(spec, len(prompt_ids), self.model)
-        job = self._job(spec, prompt_ids, max_tokens)
-        ledger = LedgerBuilder(request_id=job.request_id, arrived_at_s=arrived_at_s)
-        ledger.tokenized_at_s = self._clock.now()
-        ledger.prompt_tokens = len(prompt_ids)
-        self._require_time(deadline_s)
-        session = self._session(job, ledger, deadline_s, self._pool.place)
-        async with self._admitted(job, ledger, session):
+        ledger = LedgerBuilder(request_id=self._mint_id(), arrived_at_s=arrived_at_s)
+        async with self._admitted(ledger):
+            job = await self._job(spec, ledger)
+            session = self._session(job, ledger, deadline_s, self._pool.place)
+            self._sessions[job.request_id] = session
             yield Started(
-                request_id=job.request_id, seed=job.sampling.seed, prompt_tokens=len(prompt_ids)
+                request_id=job.request_id,
+                seed=job.sampling.seed,
+                prompt_tokens=ledger.prompt_tokens,
             )
-            detokenizer = Detokenizer(self._tokenizer, prompt_ids, spec.stop)
+            detokenizer = Detokenizer(self._tokenizer, job.prompt_ids, spec.stop)
             reason = FinishReason.STOP
             async with contextlib.aclosing(session.tokens()) as batches:
                 async for batch in batches:
@@ -152,22 +153,25 @@ class Relay:
             if detokenizer.stopped is not None:
                 reason = FinishReason.STOP
             closed = self._close(ledger, reason.value)
+            self.last_success_s = self._clock.now()
             yield Finished(reason=reason, usage=_usage(closed), ledger=closed)
 
-    async def probe(self, job: Job, place: Callable[[RouteRequest], Placement | None]) -> "Probe":
-        """Run a request that belongs to nobody on chosen workers, and say what came of it.
+    async def probe(
+        self, job: Job, place: Callable[[RouteRequest], Placement | None]
+    ) -> tuple[int, ...]:
+        """Run a request that belongs to nobody on chosen workers; its tokens.
 
         Raises:
             ServingError: as `generate`.
         """
         now_s = self._clock.now()
         ledger = LedgerBuilder(request_id=job.request_id, arrived_at_s=now_s, tokenized_at_s=now_s)
-        session = self._session(job, ledger, now_s + self._limits.queue_limit_s, place)
+        session = self._session(job, ledger, now_s + self._patience.queue_limit_s, place)
         token_ids: list[int] = []
         async with contextlib.aclosing(session.tokens()) as batches:
             async for batch in batches:
                 token_ids += batch.token_ids
-        return Probe(tuple(token_ids), was_handed_over=session.handoff_cost is not None)
+        return tuple(token_ids)
 
     async def tokenize(self, prompt: TextPrompt | ChatPrompt) -> list[int]:
         """Token ids, exactly as `generate` would see them.
@@ -185,7 +189,6 @@ class Relay:
             InvalidRequest: an id is outside the vocabulary, or there are too many.
         """
         check_prompt(TokenPrompt(tuple(token_ids)), self.model)
-        check_token_ids("token_ids", token_ids, self.model)
         return self._tokenizer.decode(token_ids)
 
     def explain(self, request_id: str) -> Ledger:
@@ -207,11 +210,18 @@ class Relay:
         self._admission.drain()
         await self._idle.wait()
 
-    def _job(self, spec: GenerateSpec, prompt_ids: tuple[int, ...], max_tokens: int) -> Job:
+    async def _job(self, spec: GenerateSpec, ledger: LedgerBuilder) -> Job:
+        """Tokenize once, and weigh what it comes to."""
+        prompt_ids = tuple(await self._encode(spec.prompt))
+        ledger.tokenized_at_s = self._clock.now()
+        ledger.prompt_tokens = len(prompt_ids)
+        max_tokens = resolve_max_tokens(spec, len(prompt_ids), self.model)
+        self._admission.weigh(ledger.request_id, len(prompt_ids) + max_tokens)
         eos = () if spec.ignore_eos else self.model.eos_token_ids
         block_size = self._pool.block_size
+        hashes = block_hashes(prompt_ids, block_size, key=self._hash_key, salt=b"")
         return Job(
-            request_id=self._mint_id(),
+            request_id=ledger.request_id,
             prompt_ids=prompt_ids,
             sampling=self._sampling(spec),
             max_tokens=max_tokens,
@@ -220,9 +230,7 @@ class Relay:
             route=RouteRequest(
                 num_prompt=len(prompt_ids),
                 num_slots=len(prompt_ids) + max_tokens - 1,
-                block_hashes=tuple(
-                    block_hashes(prompt_ids, block_size, key=self._hash_key, salt=b"")
-                ),
+                block_hashes=tuple(hashes),
                 block_size=block_size,
             ),
         )
@@ -247,7 +255,7 @@ class Relay:
             job,
             pool=self._pool,
             place=place,
-            limits=self._limits,
+            patience=self._patience,
             ledger=ledger,
             clock=self._clock,
             mint_id=self._mint_id,
@@ -278,34 +286,34 @@ class Relay:
         return Delta(position=position, token_ids=used, text=text)
 
     @contextlib.asynccontextmanager
-    async def _admitted(
-        self, job: Job, ledger: LedgerBuilder, session: Session
-    ) -> AsyncIterator[None]:
-        """Room for one request while it lives, and its books closed however it ends."""
-        self._admit(job)
-        self._sessions[job.request_id] = session
-        self._idle.clear()
+    async def _admitted(self, ledger: LedgerBuilder) -> AsyncIterator[None]:
+        """Room for one request while it lives, and its books closed once, however it ends."""
         try:
-            yield
-        except ServingError as error:
-            self._close(ledger, error.reason)
-            raise
-        finally:
-            if job.request_id not in self._ledgers:
-                self._close(ledger, Cancelled.reason)
-            del self._sessions[job.request_id]
-            self._admission.release(job.request_id)
-            if not self.num_active:
-                self._idle.set()
-
-    def _admit(self, job: Job) -> None:
-        try:
-            self._admission.admit(job.request_id, len(job.prompt_ids) + job.max_tokens)
+            self._admission.admit(ledger.request_id)
         except ServingError as error:
             self._books.observe_refused(error.reason)
             raise
+        self._open.add(ledger.request_id)
+        self._idle.clear()
+        outcome = "INTERNAL"
+        try:
+            yield
+        except ServingError as error:
+            outcome = error.reason
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome = Cancelled.reason
+            raise
+        finally:
+            if ledger.request_id in self._open:
+                self._close(ledger, outcome)
+            self._sessions.pop(ledger.request_id, None)
+            self._admission.release(ledger.request_id)
+            if not self.num_active:
+                self._idle.set()
 
     def _close(self, builder: LedgerBuilder, outcome: str) -> Ledger:
+        self._open.remove(builder.request_id)
         ledger = builder.build(outcome, self._clock.now())
         self._ledgers[ledger.request_id] = ledger
         while len(self._ledgers) > self._max_remembered:
@@ -315,18 +323,6 @@ class Relay:
         self._books.observe_ended(ledger)
         _log_ended(ledger)
         return ledger
-
-    def _require_time(self, deadline_s: float | None) -> None:
-        if deadline_s is not None and self._clock.now() >= deadline_s:
-            raise DeadlinePassed("admitting")
-
-
-class Probe:
-    """What came of a canary request."""
-
-    def __init__(self, token_ids: tuple[int, ...], *, was_handed_over: bool) -> None:
-        self.token_ids = token_ids
-        self.was_handed_over = was_handed_over
 
 
 def _usage(ledger: Ledger) -> Usage:

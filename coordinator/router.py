@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from coordinator.registry import Member
-from kvrelay.errors import Incompatible, KvPoolExhausted
+from kvrelay.errors import Incompatible, InvalidRequest
 from kvrelay.transfer.select import choose_offer
 from kvrelay.types import Role, TransportOffer
 
@@ -63,6 +63,14 @@ class Placement:
     num_prefill_tokens: int
     """Prompt tokens that will probably have to be computed."""
 
+    @property
+    def worker_ids(self) -> frozenset[str]:
+        return frozenset(m.worker_id for m in (self.prefill, self.decode) if m is not None)
+
+    def involves(self, worker_ids: frozenset[str]) -> bool:
+        """Whether any of those workers is part of it."""
+        return bool(self.worker_ids & worker_ids)
+
 
 class PrefixMap:
     """What each worker's prefix index probably holds, from what was placed on it.
@@ -109,28 +117,28 @@ class Router:
         """Choose workers, or None while no suitable one takes work.
 
         Raises:
-            KvPoolExhausted: there are decode workers, and none could ever hold it.
+            InvalidRequest: no member could ever hold it.
         """
-        able = [m for m in members if m.takes_work]
-        decodes = [m for m in able if m.identity.role is Role.DECODE]
-        if not decodes:
+        members = list(members)
+        decodes = _large_enough(members, Role.DECODE, request.num_slots, request)
+        candidates = _preferred([m for m in decodes if m.takes_work], request.avoid)
+        if not candidates:
             return None
-        candidates = _preferred(_large_enough(decodes, request), request.avoid)
-        decode = min(candidates, key=lambda m: self._decode_cost(m, request))
-        uncached = self._uncached_tokens(decode, request)
-        local = self._reason_to_stay_local(uncached)
-        if local is not None:
-            return Placement(
-                prefill=None, decode=decode, offer=None, reason=local, num_prefill_tokens=uncached
-            )
-        prefills = [m for m in able if m.identity.role is Role.PREFILL]
-        pair = self._best_pair(request, _preferred(prefills, request.avoid), decode)
-        if pair is None and self._rules.disaggregate is Disaggregate.AUTO:
-            reason = "local: no prefill worker can hand over to it"
-            return Placement(
-                prefill=None, decode=decode, offer=None, reason=reason, num_prefill_tokens=uncached
-            )
-        return pair
+        candidates = sorted(candidates, key=lambda m: self._decode_cost(m, request))
+        uncached = self._uncached_tokens(candidates[0], request)
+        reason = self._reason_to_stay_local(uncached)
+        if reason is None:
+            pair = self._best_pair(request, self._prefills(request, members), candidates)
+            if pair is not None or self._rules.disaggregate is Disaggregate.ALWAYS:
+                return pair
+            reason = "local: no prefill worker can hand over"
+        return Placement(
+            prefill=None,
+            decode=candidates[0],
+            offer=None,
+            reason=reason,
+            num_prefill_tokens=uncached,
+        )
 
     def placed(self, placement: Placement, request: RouteRequest) -> None:
         """Note what the chosen workers will have cached."""
@@ -152,37 +160,62 @@ class Router:
             case _:
                 return None
 
+    def _prefills(self, request: RouteRequest, members: Sequence[Member]) -> Sequence[Member]:
+        """Who may prefill it. A handoff that failed is not tried again where it can be avoided,
+        by prefilling in the end where the request decodes.
+        """
+        if self._rules.disaggregate is Disaggregate.ALWAYS:
+            large = _large_enough(members, Role.PREFILL, request.num_prompt, request)
+            return _preferred([m for m in large if m.takes_work], request.avoid)
+        return [
+            m
+            for m in members
+            if m.identity.role is Role.PREFILL
+            and m.takes_work
+            and m.num_slots >= request.num_prompt
+            and m.worker_id not in request.avoid
+        ]
+
     def _best_pair(
-        self, request: RouteRequest, prefills: Sequence[Member], decode: Member
+        self, request: RouteRequest, prefills: Sequence[Member], decodes: Sequence[Member]
     ) -> Placement | None:
-        """The prefill worker with the least work ahead among those that `decode` can pull from."""
-        for prefill in sorted(prefills, key=lambda m: self._prefill_cost(m, request)):
-            if prefill.identity.num_blocks * request.block_size < request.num_prompt:
-                continue
-            try:
-                offer = choose_offer(prefill.identity.offers, decode.identity.offers)
-            except Incompatible:
-                continue
-            uncached = self._uncached_tokens(prefill, request)
-            return Placement(
-                prefill=prefill,
-                decode=decode,
-                offer=offer,
-                reason=f"disaggregated: {uncached} uncached tokens, {offer.name}",
-                num_prefill_tokens=uncached,
-            )
+        """The first of `decodes` that can pull from somebody, with the prefill worker that has
+        the least work ahead among those it can pull from.
+        """
+        by_cost = sorted(prefills, key=lambda m: self._prefill_cost(m, request))
+        for decode in decodes:
+            for prefill in by_cost:
+                offer = common_offer(prefill, decode)
+                if offer is not None:
+                    return self._pair(request, prefill, decode, offer)
         return None
+
+    def _pair(
+        self, request: RouteRequest, prefill: Member, decode: Member, offer: TransportOffer
+    ) -> Placement:
+        uncached = self._uncached_tokens(prefill, request)
+        return Placement(
+            prefill=prefill,
+            decode=decode,
+            offer=offer,
+            reason=f"disaggregated: {uncached} uncached tokens, {offer.name}",
+            num_prefill_tokens=uncached,
+        )
 
     def _prefill_cost(self, member: Member, request: RouteRequest) -> tuple[int, str]:
         ahead = member.queued_prompt_tokens
         return (ahead + self._uncached_tokens(member, request), member.worker_id)
 
     def _decode_cost(self, member: Member, request: RouteRequest) -> tuple[float, int, str]:
-        """Fewest sequences first, by its step's size; then the longest cached prefix."""
-        sequences = max(
-            len(member.placed), member.load.running_sequences + member.load.waiting_sequences
+        """The emptiest first, by sequences in its step or by blocks, whichever is fuller; then
+        the longest cached prefix.
+        """
+        load = member.load
+        sequences = max(len(member.placed), load.running_sequences + load.waiting_sequences)
+        fill = max(
+            sequences / member.identity.max_sequences,
+            load.held_blocks / member.identity.num_blocks,
         )
-        fill = sequences / max(1, member.identity.max_sequences)
         return (fill, self._uncached_tokens(member, request), member.worker_id)
 
     def _uncached_tokens(self, member: Member, request: RouteRequest) -> int:
@@ -191,14 +224,32 @@ class Router:
         return max(1, request.num_prompt - cached)
 
 
-def _large_enough(members: Sequence[Member], request: RouteRequest) -> Sequence[Member]:
-    """Those whose whole pool could hold the request; waiting for others is in vain."""
-    wanted = -(-request.num_slots // request.block_size)
-    found = [m for m in members if m.identity.num_blocks >= wanted]
-    if not found:
-        largest = max(m.identity.num_blocks for m in members)
-        raise KvPoolExhausted(wanted_blocks=wanted, free_blocks=largest)
+def _large_enough(
+    members: Sequence[Member], role: Role, num_slots: int, request: RouteRequest
+) -> Sequence[Member]:
+    """Members of a role whose whole pool could hold so many tokens.
+
+    Raises:
+        InvalidRequest: there are members of that role, and waiting for them is in vain.
+    """
+    there = [m for m in members if m.identity.role is role]
+    found = [m for m in there if m.num_slots >= num_slots]
+    if there and not found:
+        largest = max(m.num_slots for m in there)
+        raise InvalidRequest(
+            "max_tokens",
+            f"prompt of {request.num_prompt} tokens and output need KV for {num_slots} tokens, "
+            f"the largest {role.value} worker holds {largest}",
+        )
     return found
+
+
+def common_offer(prefill: Member, decode: Member) -> TransportOffer | None:
+    """How `decode` would pull from `prefill`, or None if it cannot."""
+    try:
+        return choose_offer(prefill.identity.offers, decode.identity.offers)
+    except Incompatible:
+        return None
 
 
 def _preferred(members: Sequence[Member], avoid: frozenset[str]) -> Sequence[Member]:

@@ -18,6 +18,7 @@ from coordinator.relay import Relay
 from kvrelay.clock import Clock
 from kvrelay.errors import InvalidRequest, PeerUnavailable
 from kvrelay.events import Finished, Started
+from kvrelay.rpc import auth
 from kvrelay.rpc import convert as rpc_convert
 from kvrelay.v1 import generate_pb2 as pb
 from kvrelay.v1 import generate_pb2_grpc, pool_pb2, pool_pb2_grpc
@@ -91,7 +92,9 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("message") != "identity":
             raise InvalidRequest("identity", "must be the first message")
-        seat = self._pool.join(rpc_convert.identity_from_wire(first.identity))
+        identity = rpc_convert.identity_from_wire(first.identity)
+        auth.require_claimed(context.auth_context(), auth.Peer(identity.role.value))
+        seat = self._pool.join(identity)
         try:
             yield pool_pb2.JoinResponse(
                 heartbeat_interval_ms=int(1000 * self._heartbeat_interval_s)

@@ -12,7 +12,6 @@ a second attempt continue those of the first, and a position that comes twice co
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -20,12 +19,12 @@ from typing import TypeVar
 import structlog
 
 from coordinator.convert import FirstToken, HandoffCost, LocalPrefill, Lost, News, Output, Work
-from coordinator.lifecycle import Event, Phase, advance, verdict
+from coordinator.inbox import Inbox, Order
+from coordinator.lifecycle import Event, Patience, Phase, advance, verdict
 from coordinator.pool import Pool
 from coordinator.router import Placement, RouteRequest
-from coordinator.workers import Attempt
 from kvrelay.clock import Clock
-from kvrelay.errors import DeadlinePassed, NoWorker, ServingError
+from kvrelay.errors import DeadlinePassed, NoWorker, Overloaded, ServingError
 from kvrelay.obs.ledger import LedgerBuilder
 from kvrelay.types import FinishReason, SamplingParams
 
@@ -47,15 +46,6 @@ class Job:
     route: RouteRequest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionLimits:
-    """How long and how often a request is tried."""
-
-    max_attempts: int
-    queue_limit_s: float
-    """Longest wait for a suitable worker to appear."""
-
-
 @dataclass(frozen=True, slots=True)
 class NewTokens:
     """Tokens the caller has not seen, in order, and whether they end the request."""
@@ -73,18 +63,17 @@ class Session:
         *,
         pool: Pool,
         place: Callable[[RouteRequest], Placement | None],
-        limits: SessionLimits,
+        patience: Patience,
         ledger: LedgerBuilder,
         clock: Clock,
         mint_id: Callable[[], str],
         deadline_s: float | None,
     ) -> None:
         self.phase = Phase.QUEUED
-        self.handoff_cost: HandoffCost | None = None
         self._job = job
         self._pool = pool
         self._place_once = place
-        self._limits = limits
+        self._patience = patience
         self._ledger = ledger
         self._clock = clock
         self._mint_id = mint_id
@@ -92,6 +81,7 @@ class Session:
         self._emitted: list[int] = []
         self._losses: list[ServingError] = []
         self._avoid: frozenset[str] = frozenset()
+        self._refused_at_s: float | None = None
 
     async def tokens(self) -> AsyncGenerator[NewTokens, None]:
         """Yield new tokens until the request has finished.
@@ -100,7 +90,7 @@ class Session:
             NoWorker: none could take it within the queue limit, or every attempt was lost.
             DeadlinePassed: naming the phase.
             KvCorrupt: for the second time.
-            ServingError: that a worker refused it with.
+            Overloaded: no worker had room within the queue limit.
         """
         try:
             while self.phase is not Phase.FINISHED:
@@ -120,19 +110,27 @@ class Session:
         self.phase = advance(self.phase, Event.LAST_TOKEN)
 
     async def _place(self) -> Placement:
-        """Wait until the router finds workers, at most the queue limit."""
-        until_s = self._clock.now() + self._limits.queue_limit_s
-        while (placement := self._place_once(self._route())) is None:
+        """Wait until the router finds workers, at most the queue limit.
+
+        Going back to a worker that lost or refused this request waits for news of the pool
+        first; trying it again at once would tell nothing new.
+        """
+        limit_s = self._patience.queue_limit_s
+        until_s = self._clock.now() + limit_s
+        is_news = not self._losses
+        while True:
+            self._require_time()
+            placement = self._place_once(self._route())
+            if placement is not None and (is_news or not placement.involves(self._avoid)):
+                return placement
             try:
                 await self._within(self._pool.wait_change(), until_s)
             except TimeoutError:
                 self._require_time()
                 raise NoWorker(
-                    f"no suitable worker within {self._limits.queue_limit_s} s",
-                    queue_limit_s=self._limits.queue_limit_s,
+                    f"no suitable worker within {limit_s} s", queue_limit_s=limit_s
                 ) from None
-        self._require_time()
-        return placement
+            is_news = True
 
     def _route(self) -> RouteRequest:
         return replace(self._job.route, avoid=self._avoid)
@@ -140,10 +138,10 @@ class Session:
     async def _attempt(self, placement: Placement) -> AsyncGenerator[NewTokens, None]:
         """Run one placement until the request finishes or the attempt is lost."""
         work = self._work()
-        inbox = _Inbox()
+        inbox = Inbox()
         attempt = self._pool.dispatch(work, placement, self._job.route, inbox.put)
         self._began(placement)
-        order = _Order(len(self._emitted))
+        order = Order(len(self._emitted))
         decode_is_over = False
         try:
             while self.phase in (Phase.PREFILLING, Phase.DECODING):
@@ -151,7 +149,7 @@ class Session:
                 if isinstance(news, Lost):
                     self._lost(news, placement)
                     continue
-                self._note(news, work, placement, attempt)
+                self._note(news, work, placement)
                 token_ids, finish = order.accept(news)
                 if finish is not None:
                     self.phase = advance(self.phase, Event.LAST_TOKEN)
@@ -181,27 +179,27 @@ class Session:
         prefiller = placement.prefill or placement.decode
         self._ledger.dispatched(self._clock.now())
         self._ledger.prefill_worker = prefiller.worker_id
-        self._ledger.decode_worker = placement.decode.worker_id
         self._ledger.route_reason = placement.reason
 
-    def _note(
-        self, news: FirstToken | Output, work: Work, placement: Placement, attempt: Attempt
-    ) -> None:
+    def _note(self, news: FirstToken | Output, work: Work, placement: Placement) -> None:
         """Keep the books: the phase, the load we count on workers, the ledger."""
         if isinstance(news, FirstToken):
             self._pool.prefilled(work, placement)
-            if not self._emitted:
-                self._note_prefill(news)
-            elif news.token_id != self._emitted[0]:
-                log.error("request.token_differs", request_id=work.request_id, position=0)
-            return
-        if self.phase is Phase.DECODING:
-            return
-        self.phase = advance(self.phase, Event.DECODE_STARTED)
-        self._pool.prefilled(work, placement)
-        attempt.prefill_is_over()
+            self._note_first_token(news, work)
+        elif self.phase is Phase.PREFILLING:
+            self.phase = advance(self.phase, Event.DECODE_STARTED)
+            self._pool.prefilled(work, placement)
+            self._ledger.decode_worker = placement.decode.worker_id
+            self._note_start(news)
+
+    def _note_first_token(self, news: FirstToken, work: Work) -> None:
+        if not work.emitted_ids:
+            self._note_prefill(news)
+        if self._emitted and self._emitted[0] != news.token_id:
+            log.error("request.token_differs", request_id=work.request_id, position=0)
+
+    def _note_start(self, news: Output) -> None:
         if isinstance(news.cost, HandoffCost):
-            self.handoff_cost = news.cost
             self._note_handoff(news.cost)
         elif isinstance(news.cost, LocalPrefill) and not self._emitted:
             self._note_prefill(news.cost)
@@ -220,11 +218,16 @@ class Session:
 
     def _lost(self, news: Lost, placement: Placement) -> None:
         """Place it again, unless the losses so far say that this is its end."""
+        if self.phase is Phase.DECODING and news.worker_id != placement.decode.worker_id:
+            return  # the holder's part is over: its hold was released
+        if not news.error.retryable:
+            # A worker was asked for what can never be: our fault, not the caller's.
+            raise RuntimeError(f"{news.worker_id} refused an attempt: {news.error.reason}")
+        now_s = self._clock.now()
         self._losses.append(news.error)
-        self._avoid |= {news.worker_id}
-        if news.is_reported and placement.prefill is not None:
-            # A handoff that failed says nothing of which end was at fault.
-            self._avoid |= {placement.prefill.worker_id, placement.decode.worker_id}
+        if isinstance(news.error, Overloaded) and self._refused_at_s is None:
+            self._refused_at_s = now_s
+        self._avoid |= placement.worker_ids if news.is_reported else {news.worker_id}
         self._ledger.lost(news.error.reason)
         log.info(
             "request.attempt_lost",
@@ -234,12 +237,13 @@ class Session:
             reason=news.error.reason,
             position=len(self._emitted),
         )
-        error = verdict(self._losses, max_attempts=self._limits.max_attempts)
+        refused_s = 0.0 if self._refused_at_s is None else now_s - self._refused_at_s
+        error = verdict(self._losses, self._patience, refused_s=refused_s)
         if error is not None:
             raise error
         self.phase = advance(self.phase, Event.ATTEMPT_LOST)
 
-    async def _next(self, inbox: "_Inbox") -> News:
+    async def _next(self, inbox: Inbox) -> News:
         self._require_time()
         try:
             news = inbox.pop()
@@ -257,59 +261,3 @@ class Session:
     def _require_time(self) -> None:
         if self._deadline_s is not None and self._clock.now() >= self._deadline_s:
             raise DeadlinePassed(self.phase.name.lower())
-
-
-class _Inbox:
-    """What one attempt has heard and not yet handled. Holds at most its tokens and its end."""
-
-    def __init__(self) -> None:
-        self._news: deque[News] = deque()
-        self._arrived = asyncio.Event()
-
-    def put(self, news: News) -> None:
-        self._news.append(news)
-        self._arrived.set()
-
-    def pop(self) -> News | None:
-        return self._news.popleft() if self._news else None
-
-    async def get(self) -> News:
-        while not self._news:
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._news.popleft()
-
-
-class _Order:
-    """Puts tokens of one attempt in order of position: no gap, no repeat.
-
-    The first token comes from the prefill worker and once more from the decode worker,
-    whichever is faster.
-    """
-
-    def __init__(self, next_position: int) -> None:
-        self._next = next_position
-        self._early: dict[int, tuple[int, FinishReason | None]] = {}
-
-    def accept(self, news: FirstToken | Output) -> tuple[tuple[int, ...], FinishReason | None]:
-        """The tokens that are now due, and the finish reason if the last is among them."""
-        for position, token_id, finish in _positions(news):
-            if position >= self._next:
-                self._early[position] = (token_id, finish)
-        due: list[int] = []
-        finish = None
-        while finish is None and self._next in self._early:
-            token_id, finish = self._early.pop(self._next)
-            due.append(token_id)
-            self._next += 1
-        return tuple(due), finish
-
-
-def _positions(news: FirstToken | Output) -> list[tuple[int, int, FinishReason | None]]:
-    if isinstance(news, FirstToken):
-        return [(0, news.token_id, news.finish)]
-    last = len(news.token_ids) - 1
-    return [
-        (news.position + i, token_id, news.finish if i == last else None)
-        for i, token_id in enumerate(news.token_ids)
-    ]

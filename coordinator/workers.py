@@ -47,6 +47,8 @@ class Link(Protocol):
 class WorkerLink:
     """One session stream with one worker process.
 
+    `on_open` is called when the worker has answered.
+
     `run` lives as long as the worker is a member and ends when the stream breaks or it is
     cancelled; either way every inbox still open hears `Lost`, once. `on_end` is called just
     before that, so that whoever hears it does not find the worker in the pool again.
@@ -58,20 +60,18 @@ class WorkerLink:
         *,
         tls: TlsFiles | None,
         on_stale: Callable[[], None],
+        on_open: Callable[[], None],
         on_end: Callable[[], None],
     ) -> None:
         self._identity = member.identity
         self._tls = tls
         self._on_stale = on_stale
+        self._on_open = on_open
         self._on_end = on_end
         self._inboxes: dict[AttemptKey, Inbox] = {}
         # Holds at most one submit and one cancel per admitted request.
         self._outbox: asyncio.Queue[Any] = asyncio.Queue()
         self._ended: ServingError | None = None
-
-    @property
-    def num_open(self) -> int:
-        return len(self._inboxes)
 
     def open(self, key: AttemptKey, inbox: Inbox, instruction: Any) -> None:
         """Send a submit and deliver what comes back for `key` to `inbox`.
@@ -95,20 +95,25 @@ class WorkerLink:
         error: ServingError = PeerUnavailable(f"{self._identity.worker_id} ended its session")
         try:
             async with open_channel(self._identity.address, tls=self._tls) as channel:
-                async for answer in self._call(channel):
+                call = self._call(channel)
+                await call.initial_metadata()
+                self._on_open()
+                async for answer in call:
                     self._deliver(answer)
         except grpc.aio.AioRpcError as rpc_error:
             error = PeerUnavailable(f"{self._identity.worker_id}: {status.from_grpc(rpc_error)}")
+        except PeerUnavailable as other_epoch:
+            error = other_epoch
         except asyncio.CancelledError:
             error = PeerUnavailable(f"{self._identity.worker_id} left the pool")
             raise
         finally:
-            self._end(error)
+            self.end(error)
 
-    def _call(self, channel: grpc.aio.Channel) -> AsyncIterator[Answer]:
+    def _call(self, channel: grpc.aio.Channel) -> "grpc.aio.StreamStreamCall[Any, Any]":
         if self._identity.role is Role.PREFILL:
-            return aiter(prefill_pb2_grpc.PrefillServiceStub(channel).Prefill(self._outgoing()))
-        return aiter(decode_pb2_grpc.DecodeServiceStub(channel).Decode(self._outgoing()))
+            return prefill_pb2_grpc.PrefillServiceStub(channel).Prefill(self._outgoing())
+        return decode_pb2_grpc.DecodeServiceStub(channel).Decode(self._outgoing())
 
     async def _outgoing(self) -> AsyncIterator[Any]:
         while True:
@@ -116,8 +121,7 @@ class WorkerLink:
 
     def _deliver(self, answer: Answer) -> None:
         if answer.header.epoch != self._identity.epoch:
-            self._on_stale()
-            return
+            raise PeerUnavailable(f"{self._identity.worker_id} answers from another epoch")
         if isinstance(answer, prefill_pb2.PrefillResponse):
             for first in answer.prefilled:
                 key = (first.request_id, first.attempt)
@@ -137,7 +141,10 @@ class WorkerLink:
         else:
             inbox(news)
 
-    def _end(self, error: ServingError) -> None:
+    def end(self, error: ServingError) -> None:
+        """Tell everybody who listens. Safe to repeat; the first error stands."""
+        if self._ended is not None:
+            return
         self._ended = error
         self._on_end()
         inboxes, self._inboxes = self._inboxes, {}
@@ -158,17 +165,24 @@ class Workers:
     def __init__(self, *, tls: TlsFiles | None, on_stale: Callable[[], None]) -> None:
         self._tls = tls
         self._on_stale = on_stale
-        self._links: dict[tuple[str, str], tuple[WorkerLink, asyncio.Task[None]]] = {}
+        self._links: dict[Member, tuple[WorkerLink, asyncio.Task[None]]] = {}
 
-    def add(self, member: Member, on_end: Callable[[], None]) -> None:
-        """Open a session with a new member; `on_end` is called when it is over."""
-        link = WorkerLink(member, tls=self._tls, on_stale=self._on_stale, on_end=on_end)
+    def add(
+        self, member: Member, *, on_open: Callable[[], None], on_end: Callable[[], None]
+    ) -> None:
+        """Open a session with a new member; both callbacks come at most once, in this order."""
+        link = WorkerLink(
+            member, tls=self._tls, on_stale=self._on_stale, on_open=on_open, on_end=on_end
+        )
         task = asyncio.create_task(link.run(), name=f"session {member.worker_id}")
-        self._links[_key(member)] = (link, task)
+        # A task that is cancelled before its first step never runs its own `finally`.
+        gone = PeerUnavailable(f"{member.worker_id} left the pool")
+        task.add_done_callback(lambda _: link.end(gone))
+        self._links[member] = (link, task)
 
     async def remove(self, member: Member) -> None:
         """End the session with a former member."""
-        entry = self._links.pop(_key(member), None)
+        entry = self._links.pop(member, None)
         if entry is None:
             return
         _, task = entry
@@ -194,7 +208,7 @@ class Workers:
         return attempt
 
     def _link(self, member: Member) -> Link:
-        entry = self._links.get(_key(member))
+        entry = self._links.get(member)
         return entry[0] if entry is not None else _NoLink(member.worker_id)
 
 
@@ -227,18 +241,9 @@ class Attempt:
             self._prefill.open(self._key, inbox, convert.prefill_submit(self._work, puller_id))
         self._decode.open(self._key, inbox, convert.decode_submit(self._work, placement))
 
-    def prefill_is_over(self) -> None:
-        """The holder's part is done: its hold was released, so losing it means nothing now."""
-        if self._prefill is not None:
-            self._prefill.close(self._key, None)
-
     def close(self, *, decode_is_over: bool) -> None:
         """Stop listening, and have both sides forget whatever they still do."""
         if self._prefill is not None:
             self._prefill.close(self._key, convert.prefill_cancel(self._work))
         cancel = None if decode_is_over else convert.decode_cancel(self._work)
         self._decode.close(self._key, cancel)
-
-
-def _key(member: Member) -> tuple[str, str]:
-    return (member.worker_id, member.identity.epoch)

@@ -127,7 +127,7 @@ class ServiceSettings(BaseModel):
         files = (self.tls_cert_file, self.tls_key_file, self.tls_ca_file)
         if any(files) and not all(files):
             raise ValueError("tls_cert_file, tls_key_file, tls_ca_file: set all three or none")
-        if self.metrics_listen and not (self.insecure or any(files)):
+        if self.metrics_listen and not self.insecure:  # it is served without TLS
             host, _ = split_address(self.metrics_listen)
             if not is_loopback(host):
                 raise ValueError(

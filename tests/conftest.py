@@ -24,15 +24,16 @@ of an event loop's own executor, which end with the loop."""
 
 
 def open_files() -> set[str]:
-    """What this process holds open, by descriptor and target. Event queues do not count: the
-    event loop and gRPC keep theirs in caches of their own."""
+    """What this process holds open, by descriptor and target. Event queues do not count: event
+    loops and gRPC keep theirs in caches of their own, made when first needed.
+    """
     found = set()
     for entry in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{entry}")
         except FileNotFoundError:
             continue
-        if target.startswith(("socket:", "pipe:", "/memfd:", "/dev/shm/")):
+        if not target.startswith("anon_inode:"):
             found.add(f"{entry} {target}")
     return found
 

@@ -136,7 +136,8 @@ class LedgerBuilder:
     def _gap1_stages(self, gap1_s: float) -> dict[str, float]:
         order = ("transfer", "verify", "release", "join", "first_step")
         known = {name: self.gap1_stages.get(name, 0.0) for name in order}
-        return _with_remainder(known, "pull_wait", gap1_s)
+        stages = _with_remainder(known, "pull_wait", gap1_s)
+        return {"pull_wait": stages.pop("pull_wait"), **stages}
 
 
 def _with_remainder(stages: dict[str, float], name: str, total_s: float) -> dict[str, float]:

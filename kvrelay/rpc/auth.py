@@ -101,6 +101,16 @@ def authorize(method: str, identity: Mapping[str, Any], policy: Policy) -> None:
         raise PermissionDenied(f"{who} may not call {method}", role=who, method=method)
 
 
+def require_claimed(identity: Mapping[str, Any], peer: Peer) -> None:
+    """Refuse a caller that says it is `peer` and whose certificate says otherwise.
+
+    Raises:
+        PermissionDenied: with TLS, the certificate is not of that role.
+    """
+    if identity.get("transport_security_type") == [b"ssl"] and peer not in peers_of(identity):
+        raise PermissionDenied(f"the certificate is not of a {peer.value}", role=peer.value)
+
+
 def peers_of(identity: Mapping[str, Any]) -> frozenset[Peer]:
     """The roles that a TLS identity, as gRPC reports it, holds."""
     fields = ("x509_common_name", "x509_subject_alternative_name")

@@ -87,7 +87,8 @@ class Membership:
         self._ended.clear()
         try:
             async with open_channel(self._coordinator, tls=self._tls) as channel:
-                while not self._is_leaving:
+                # Who drains and was let go does not come back for more.
+                while not (self._is_leaving or self._load().is_draining):
                     await self._join_logged(pool_pb2_grpc.PoolServiceStub(channel))
         finally:
             self._ended.set()
@@ -113,7 +114,7 @@ class Membership:
                 )
         finally:
             self._is_member = False
-        if not self._is_leaving:
+        if not (self._is_leaving or self._load().is_draining):
             await self._back_off()
 
     async def _join(self, stub: "pool_pb2_grpc.PoolServiceAsyncStub") -> None:

@@ -81,7 +81,7 @@ class SamplingParams(_message.Message):
     temperature: _builtins.float
     """In [0, 2]; 0 is greedy. Default 1."""
     top_k: _builtins.int
-    """Keeps the k likeliest tokens; 0 keeps all. Default 0."""
+    """Keeps the k likeliest tokens; 0 keeps all. At most the vocabulary's size. Default 0."""
     top_p: _builtins.float
     """Keeps the smallest set of likeliest tokens that reaches this probability; in (0, 1].
     Default 1.
@@ -415,7 +415,7 @@ class Ledger(_message.Message):
     prefill_worker: _builtins.str
     """worker_id that prefilled; equal to `decode_worker` when it prefilled itself."""
     decode_worker: _builtins.str
-    """worker_id that generated. Empty if the first token was the last."""
+    """worker_id that generated. Empty if the request ended before it gave a token."""
     route_reason: _builtins.str
     """Why the router chose so, e.g. `disaggregated: 412 uncached tokens > 128`."""
     transport: _builtins.str

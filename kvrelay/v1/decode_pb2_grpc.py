@@ -55,7 +55,10 @@ class DecodeServiceServicer:
         finish reason, or one `failed`. When the session ends, for whatever reason, all its
         attempts are cancelled and their blocks freed.
 
-        Errors: UNAVAILABLE while the worker drains or starts.
+        The worker sends its initial metadata as soon as the session stands.
+
+        Errors: INVALID_ARGUMENT for a malformed instruction, which ends the session. An attempt
+        submitted while the worker drains fails by itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

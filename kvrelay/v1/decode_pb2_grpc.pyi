@@ -42,7 +42,10 @@ class DecodeServiceStub:
     finish reason, or one `failed`. When the session ends, for whatever reason, all its
     attempts are cancelled and their blocks freed.
 
-    Errors: UNAVAILABLE while the worker drains or starts.
+    The worker sends its initial metadata as soon as the session stands.
+
+    Errors: INVALID_ARGUMENT for a malformed instruction, which ends the session. An attempt
+    submitted while the worker drains fails by itself.
     """
 
 @_typing.type_check_only
@@ -59,7 +62,10 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     finish reason, or one `failed`. When the session ends, for whatever reason, all its
     attempts are cancelled and their blocks freed.
 
-    Errors: UNAVAILABLE while the worker drains or starts.
+    The worker sends its initial metadata as soon as the session stands.
+
+    Errors: INVALID_ARGUMENT for a malformed instruction, which ends the session. An attempt
+    submitted while the worker drains fails by itself.
     """
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -79,7 +85,10 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         finish reason, or one `failed`. When the session ends, for whatever reason, all its
         attempts are cancelled and their blocks freed.
 
-        Errors: UNAVAILABLE while the worker drains or starts.
+        The worker sends its initial metadata as soon as the session stands.
+
+        Errors: INVALID_ARGUMENT for a malformed instruction, which ends the session. An attempt
+        submitted while the worker drains fails by itself.
         """
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -36,7 +36,7 @@ class GenerateRequest(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text, taken as the whole model input: no chat template, and control tokens spelled in it
-    are control tokens.
+    are control tokens. 1 to 1048576 characters.
     """
     model: _builtins.str
     """Must be the served model's name if given."""
@@ -103,7 +103,7 @@ class ChatPrompt(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """Oldest first, at least one."""
+        """Oldest first, 1 to 1024, together at most 1048576 characters."""
 
     def __init__(
         self,

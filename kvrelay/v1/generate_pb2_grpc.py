@@ -107,7 +107,8 @@ class GenerateServiceServicer:
     def Detokenize(self, request, context):
         """Turns token ids into text.
 
-        Errors: INVALID_ARGUMENT for an id outside the vocabulary.
+        Errors: INVALID_ARGUMENT for an id outside the vocabulary, for none, or for more than the
+        context.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -63,7 +63,8 @@ class GenerateServiceStub:
     Detokenize: _grpc.UnaryUnaryMultiCallable[_generate_pb2.DetokenizeRequest, _generate_pb2.DetokenizeResponse]
     """Turns token ids into text.
 
-    Errors: INVALID_ARGUMENT for an id outside the vocabulary.
+    Errors: INVALID_ARGUMENT for an id outside the vocabulary, for none, or for more than the
+    context.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_generate_pb2.GetModelRequest, _generate_pb2.GetModelResponse]
     """Says what is served and with which limits."""
@@ -108,7 +109,8 @@ class GenerateServiceAsyncStub(GenerateServiceStub):
     Detokenize: _aio.UnaryUnaryMultiCallable[_generate_pb2.DetokenizeRequest, _generate_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Turns token ids into text.
 
-    Errors: INVALID_ARGUMENT for an id outside the vocabulary.
+    Errors: INVALID_ARGUMENT for an id outside the vocabulary, for none, or for more than the
+    context.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_generate_pb2.GetModelRequest, _generate_pb2.GetModelResponse]  # type: ignore[assignment]
     """Says what is served and with which limits."""
@@ -168,7 +170,8 @@ class GenerateServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_generate_pb2.DetokenizeResponse, _abc.Awaitable[_generate_pb2.DetokenizeResponse]]:
         """Turns token ids into text.
 
-        Errors: INVALID_ARGUMENT for an id outside the vocabulary.
+        Errors: INVALID_ARGUMENT for an id outside the vocabulary, for none, or for more than the
+        context.
         """
 
     @_abc_1.abstractmethod

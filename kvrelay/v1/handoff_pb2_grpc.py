@@ -73,8 +73,13 @@ class HandoffServiceServicer:
         most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
         opened again.
 
+        A prompt whose first token was its last leaves nothing to pull: the stream stays silent and
+        ends with NOT_FOUND when the holder forgets it.
+
         Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if epoch or
-        layout differ; PERMISSION_DENIED if it is held for another worker.
+        fingerprint differ; PERMISSION_DENIED if it is held for another worker;
+        RESOURCE_EXHAUSTED if too many pulls wait for prefills that were never submitted;
+        INVALID_ARGUMENT for a malformed id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,7 +90,8 @@ class HandoffServiceServicer:
 
         Each message is a frame of at most 1 MiB of one block. Used by the `stream` transport.
 
-        Errors: as `Pull`; INVALID_ARGUMENT for a block that is not announced.
+        Errors: as `Pull`, but for the fingerprint; INVALID_ARGUMENT for a block that is not
+        announced, or too many.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

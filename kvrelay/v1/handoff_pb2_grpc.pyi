@@ -47,15 +47,21 @@ class HandoffServiceStub:
     most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
     opened again.
 
+    A prompt whose first token was its last leaves nothing to pull: the stream stays silent and
+    ends with NOT_FOUND when the holder forgets it.
+
     Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if epoch or
-    layout differ; PERMISSION_DENIED if it is held for another worker.
+    fingerprint differ; PERMISSION_DENIED if it is held for another worker;
+    RESOURCE_EXHAUSTED if too many pulls wait for prefills that were never submitted;
+    INVALID_ARGUMENT for a malformed id.
     """
     Read: _grpc.UnaryStreamMultiCallable[_handoff_pb2.ReadRequest, _handoff_pb2.ReadResponse]
     """Streams the bytes of announced blocks, in the order asked for.
 
     Each message is a frame of at most 1 MiB of one block. Used by the `stream` transport.
 
-    Errors: as `Pull`; INVALID_ARGUMENT for a block that is not announced.
+    Errors: as `Pull`, but for the fingerprint; INVALID_ARGUMENT for a block that is not
+    announced, or too many.
     """
     Release: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.ReleaseRequest, _handoff_pb2.ReleaseResponse]
     """Ends a hold, and says whether it lasted until now.
@@ -87,15 +93,21 @@ class HandoffServiceAsyncStub(HandoffServiceStub):
     most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
     opened again.
 
+    A prompt whose first token was its last leaves nothing to pull: the stream stays silent and
+    ends with NOT_FOUND when the holder forgets it.
+
     Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if epoch or
-    layout differ; PERMISSION_DENIED if it is held for another worker.
+    fingerprint differ; PERMISSION_DENIED if it is held for another worker;
+    RESOURCE_EXHAUSTED if too many pulls wait for prefills that were never submitted;
+    INVALID_ARGUMENT for a malformed id.
     """
     Read: _aio.UnaryStreamMultiCallable[_handoff_pb2.ReadRequest, _handoff_pb2.ReadResponse]  # type: ignore[assignment]
     """Streams the bytes of announced blocks, in the order asked for.
 
     Each message is a frame of at most 1 MiB of one block. Used by the `stream` transport.
 
-    Errors: as `Pull`; INVALID_ARGUMENT for a block that is not announced.
+    Errors: as `Pull`, but for the fingerprint; INVALID_ARGUMENT for a block that is not
+    announced, or too many.
     """
     Release: _aio.UnaryUnaryMultiCallable[_handoff_pb2.ReleaseRequest, _handoff_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Ends a hold, and says whether it lasted until now.
@@ -130,8 +142,13 @@ class HandoffServiceServicer(metaclass=_abc_1.ABCMeta):
         most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
         opened again.
 
+        A prompt whose first token was its last leaves nothing to pull: the stream stays silent and
+        ends with NOT_FOUND when the holder forgets it.
+
         Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if epoch or
-        layout differ; PERMISSION_DENIED if it is held for another worker.
+        fingerprint differ; PERMISSION_DENIED if it is held for another worker;
+        RESOURCE_EXHAUSTED if too many pulls wait for prefills that were never submitted;
+        INVALID_ARGUMENT for a malformed id.
         """
 
     @_abc_1.abstractmethod
@@ -144,7 +161,8 @@ class HandoffServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Each message is a frame of at most 1 MiB of one block. Used by the `stream` transport.
 
-        Errors: as `Pull`; INVALID_ARGUMENT for a block that is not announced.
+        Errors: as `Pull`, but for the fingerprint; INVALID_ARGUMENT for a block that is not
+        announced, or too many.
         """
 
     @_abc_1.abstractmethod

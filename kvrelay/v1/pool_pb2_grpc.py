@@ -61,8 +61,9 @@ class PoolServiceServicer:
         again elsewhere. It may join again, with the same epoch or a new one.
 
         Errors: FAILED_PRECONDITION if the fingerprint differs from the pool's, with each
-        difference; INVALID_ARGUMENT for a malformed identity; UNAVAILABLE while the coordinator
-        drains.
+        difference; INVALID_ARGUMENT for a malformed identity; PERMISSION_DENIED if the
+        certificate is of another role; UNAVAILABLE when the membership was ended here: the worker
+        fell silent, another process took its name, its session broke, or the coordinator stops.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,8 +43,9 @@ class PoolServiceStub:
     again elsewhere. It may join again, with the same epoch or a new one.
 
     Errors: FAILED_PRECONDITION if the fingerprint differs from the pool's, with each
-    difference; INVALID_ARGUMENT for a malformed identity; UNAVAILABLE while the coordinator
-    drains.
+    difference; INVALID_ARGUMENT for a malformed identity; PERMISSION_DENIED if the
+    certificate is of another role; UNAVAILABLE when the membership was ended here: the worker
+    fell silent, another process took its name, its session broke, or the coordinator stops.
     """
     GetPool: _grpc.UnaryUnaryMultiCallable[_pool_pb2.GetPoolRequest, _pool_pb2.GetPoolResponse]
     """Reads the pool. For people and dashboards; safe to repeat."""
@@ -64,8 +65,9 @@ class PoolServiceAsyncStub(PoolServiceStub):
     again elsewhere. It may join again, with the same epoch or a new one.
 
     Errors: FAILED_PRECONDITION if the fingerprint differs from the pool's, with each
-    difference; INVALID_ARGUMENT for a malformed identity; UNAVAILABLE while the coordinator
-    drains.
+    difference; INVALID_ARGUMENT for a malformed identity; PERMISSION_DENIED if the
+    certificate is of another role; UNAVAILABLE when the membership was ended here: the worker
+    fell silent, another process took its name, its session broke, or the coordinator stops.
     """
     GetPool: _aio.UnaryUnaryMultiCallable[_pool_pb2.GetPoolRequest, _pool_pb2.GetPoolResponse]  # type: ignore[assignment]
     """Reads the pool. For people and dashboards; safe to repeat."""
@@ -88,8 +90,9 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
         again elsewhere. It may join again, with the same epoch or a new one.
 
         Errors: FAILED_PRECONDITION if the fingerprint differs from the pool's, with each
-        difference; INVALID_ARGUMENT for a malformed identity; UNAVAILABLE while the coordinator
-        drains.
+        difference; INVALID_ARGUMENT for a malformed identity; PERMISSION_DENIED if the
+        certificate is of another role; UNAVAILABLE when the membership was ended here: the worker
+        fell silent, another process took its name, its session broke, or the coordinator stops.
         """
 
     @_abc_1.abstractmethod

@@ -42,7 +42,10 @@ class PrefillServiceStub:
     `prefilled` or one `failed`. When the session ends, for whatever reason, all its attempts
     are cancelled and their holds lapse, except those already released to their puller.
 
-    Errors: UNAVAILABLE while the worker drains or starts.
+    The worker sends its initial metadata as soon as the session stands.
+
+    Errors: INVALID_ARGUMENT for a malformed instruction, which ends the session. An attempt
+    submitted while the worker drains fails by itself.
     """
 
 @_typing.type_check_only
@@ -59,7 +62,10 @@ class PrefillServiceAsyncStub(PrefillServiceStub):
     `prefilled` or one `failed`. When the session ends, for whatever reason, all its attempts
     are cancelled and their holds lapse, except those already released to their puller.
 
-    Errors: UNAVAILABLE while the worker drains or starts.
+    The worker sends its initial metadata as soon as the session stands.
+
+    Errors: INVALID_ARGUMENT for a malformed instruction, which ends the session. An attempt
+    submitted while the worker drains fails by itself.
     """
 
 class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -79,7 +85,10 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
         `prefilled` or one `failed`. When the session ends, for whatever reason, all its attempts
         are cancelled and their holds lapse, except those already released to their puller.
 
-        Errors: UNAVAILABLE while the worker drains or starts.
+        The worker sends its initial metadata as soon as the session stands.
+
+        Errors: INVALID_ARGUMENT for a malformed instruction, which ends the session. An attempt
+        submitted while the worker drains fails by itself.
         """
 
 def add_PrefillServiceServicer_to_server(servicer: PrefillServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

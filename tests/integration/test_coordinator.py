@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 
 import grpc
 import pytest
@@ -15,12 +16,15 @@ from kvrelay.errors import (
     KvCorrupt,
     NotFound,
     NoWorker,
+    PeerUnavailable,
+    PermissionDenied,
     QueueFull,
 )
 from kvrelay.events import Delta, Finished, Started
 from kvrelay.rpc.channel import open_channel
-from kvrelay.types import FinishReason, Role
+from kvrelay.types import FinishReason, Role, WorkerLoad
 from kvrelay.v1 import generate_pb2, generate_pb2_grpc
+from tests.support.asking import Ask, Asker
 from tests.support.scripted_coordinator import scripted_coordinator
 from tests.support.scripted_workers import ScriptedWorker, oracle
 
@@ -265,9 +269,9 @@ async def test_a_stop_string_ends_the_stream_at_the_token_that_completes_it():
         assert events[-1].usage.completion_tokens == cut + 1
 
 
-async def test_a_stop_token_from_the_prefill_worker_ends_it_there():
+async def test_a_first_token_that_is_the_last_needs_no_decode_worker():
     """
-    A first token that is the last needs no decode worker.
+    It ends with the prefill worker's word; the decode worker never said a thing.
     """
     p, d = ScriptedWorker("p0", Role.PREFILL), ScriptedWorker("d0", Role.DECODE, is_held=True)
     async with deployment(p, d) as deployed:
@@ -275,6 +279,7 @@ async def test_a_stop_token_from_the_prefill_worker_ends_it_there():
 
         assert tokens(events) == oracle(PROMPT, 1)
         assert events[-1].reason is FinishReason.LENGTH
+        assert events[-1].ledger.decode_worker == ""
 
 
 async def test_a_full_coordinator_refuses_before_any_work():
@@ -356,7 +361,7 @@ async def test_a_worker_whose_canary_differs_makes_the_pool_unready():
         await deployed.join(d1)
         await until(lambda: not deployed.canary.is_ready)
 
-        assert "other tokens" in deployed.canary.not_ready_reason
+        assert "different tokens" in deployed.canary.not_ready_reason
         running.cancel()
 
 
@@ -440,3 +445,124 @@ async def test_the_last_worker_of_its_kind_may_be_lost_and_come_back():
         events = await asking
         assert tokens(events) == oracle(PROMPT, 8)
         assert events[-1].ledger.attempts == 2
+
+
+async def test_a_worker_that_joins_again_in_the_same_epoch_is_served_as_new():
+    """
+    The old stream ends late, and takes nothing of the new membership with it.
+    """
+    p, d = ScriptedWorker("p0", Role.PREFILL), ScriptedWorker("d0", Role.DECODE)
+    async with deployment(p, d) as deployed:
+        old = next(m for m in deployed.pool.members() if m.worker_id == "d0")
+        d.join_again(deployed.address)
+        await until(lambda: old not in deployed.pool.members())
+
+        events = await collect(deployed.relay, spec())
+        assert tokens(events) == oracle(PROMPT, 6)
+        assert {m.worker_id for m in deployed.pool.members()} == {"p0", "d0"}
+
+
+async def test_workers_without_room_are_asked_again_when_the_pool_has_news():
+    """
+    A refusal for want of room is not a lost worker: it costs a wait, not an attempt each.
+    """
+    p, d = ScriptedWorker("p0", Role.PREFILL), ScriptedWorker("d0", Role.DECODE)
+    d.fail_with = [QueueFull(what="sequences", queued=9, limit=9) for _ in range(2)]
+    async with deployment(p, d) as deployed:
+        events = await collect(deployed.relay, spec())
+
+        assert tokens(events) == oracle(PROMPT, 6)
+        assert events[-1].ledger.lost_attempts == ("QUEUE_FULL", "QUEUE_FULL")
+
+
+async def test_the_books_of_a_request_are_closed_once():
+    """
+    However few ledgers are remembered, and however slow the caller is at the end.
+    """
+    p, d = ScriptedWorker("p0", Role.PREFILL), ScriptedWorker("d0", Role.DECODE)
+    async with deployment(p, d, max_remembered=1) as deployed:
+        async with contextlib.aclosing(deployed.relay.generate(spec())) as slow:
+            async for event in slow:
+                if isinstance(event, Finished):
+                    await collect(deployed.relay, spec())
+
+        assert deployed.relay.num_finished == 2
+
+
+async def test_readiness_ends_with_the_canary():
+    """
+    A coordinator that drains says so, and is not found ready again.
+    """
+    p, d = ScriptedWorker("p0", Role.PREFILL), ScriptedWorker("d0", Role.DECODE)
+    async with deployment(p, d) as deployed:
+        running = asyncio.create_task(deployed.canary.run())
+        await until(lambda: deployed.canary.is_ready)
+        running.cancel()
+        await asyncio.wait({running})
+
+        assert deployed.canary.not_ready_reason == "stopping"
+
+
+async def test_a_worker_asked_for_what_can_never_be_is_our_fault():
+    """
+    The caller hears of a bug, not that its own request was wrong or forbidden.
+    """
+    p, d = ScriptedWorker("p0", Role.PREFILL), ScriptedWorker("d0", Role.DECODE)
+    p.fail_with = [PermissionDenied("not for you")]
+    async with deployment(p, d) as deployed, Asker(deployed.address) as asker:
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await asker.one(Ask(PROMPT, 4))
+
+        assert failed.value.code() is grpc.StatusCode.INTERNAL
+        assert "not for you" not in failed.value.details()
+        assert deployed.relay.num_active == 0
+
+
+async def test_a_broken_way_between_workers_is_answered_by_a_local_prefill():
+    """
+    In `auto`, a handoff that failed is not tried again: the decode worker prefills.
+    """
+    p, d = ScriptedWorker("p0", Role.PREFILL), ScriptedWorker("d0", Role.DECODE)
+    d.fail_with = [PeerUnavailable("p0 cannot be reached from d0")]
+    async with deployment(p, d, disaggregate=Disaggregate.AUTO) as deployed:
+        events = await collect(deployed.relay, spec())
+
+        assert tokens(events) == oracle(PROMPT, 6)
+        assert events[-1].ledger.prefill_worker == "d0"
+
+
+async def test_who_drains_is_neither_crossed_nor_counted():
+    """
+    A rolling restart stays ready while somebody takes work, and says so when nobody does.
+    """
+    p, d0 = ScriptedWorker("p0", Role.PREFILL), ScriptedWorker("d0", Role.DECODE)
+    d1 = ScriptedWorker("d1", Role.DECODE)
+    async with deployment(p, d0, d1) as deployed:
+        running = asyncio.create_task(deployed.canary.run())
+        await until(lambda: deployed.canary.is_ready)
+        num_crossings = len(d0.submits)
+        d0.load = WorkerLoad(is_draining=True)
+        await until(lambda: not deployed.pool.members()[1].takes_work)
+
+        assert deployed.canary.is_ready
+        assert len(d0.submits) == num_crossings
+        d1.load = WorkerLoad(is_draining=True)
+        await until(lambda: not deployed.canary.is_ready)
+        assert deployed.canary.not_ready_reason == "0 of 1 decode workers joined"
+        running.cancel()
+
+
+async def test_a_coordinator_that_stood_still_expels_nobody():
+    """
+    Heartbeats that waited unread are no silence.
+    """
+    d = ScriptedWorker("d0", Role.DECODE)
+    async with deployment(d, suspect_after_s=0.5, disaggregate=Disaggregate.NEVER) as deployed:
+        running = asyncio.create_task(deployed.pool.run())
+        member = deployed.pool.members()[0]
+        await asyncio.sleep(0.01)
+        time.sleep(1.2)  # noqa: ASYNC251 - the loop itself is what stands still
+        await asyncio.sleep(0.3)
+
+        assert deployed.pool.members() == [member]
+        running.cancel()

@@ -29,5 +29,6 @@ def member(name, role=Role.DECODE, *, load=None, placed=(), **kwargs):
         identity=identity(name, role, **kwargs),
         load=load or WorkerLoad(free_blocks=64),
         heard_at_s=0.0,
+        is_linked=True,
         placed={(f"r{i}", 1): tokens for i, tokens in enumerate(placed)},
     )

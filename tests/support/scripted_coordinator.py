@@ -9,13 +9,13 @@ from prometheus_client import CollectorRegistry
 
 from coordinator.admission import Admission, AdmissionLimits
 from coordinator.canary import Canary
+from coordinator.lifecycle import Patience
 from coordinator.pool import Pool
 from coordinator.registry import Registry
 from coordinator.relay import Relay
 from coordinator.request import ModelInfo
 from coordinator.router import Disaggregate, PrefixMap, Router, RouteRules
 from coordinator.service import GenerateServicer, PoolServicer
-from coordinator.session import SessionLimits
 from coordinator.workers import Workers
 from kvrelay.clock import MonotonicClock
 from kvrelay.obs.metrics import CoordinatorMetrics
@@ -66,7 +66,7 @@ class Deployment:
         for worker in workers:
             worker.join(self.address)
         async with asyncio.timeout(10):
-            while not want <= {m.worker_id for m in self.pool.members()}:
+            while not want <= {m.worker_id for m in self.pool.members() if m.takes_work}:
                 await self.pool.wait_change()
 
     async def until_left(self, worker_id) -> None:
@@ -83,6 +83,7 @@ async def scripted_coordinator(
     queue_limit_s=2.0,
     suspect_after_s=3.0,
     expect=None,
+    max_remembered=64,
 ):
     clock, ids = MonotonicClock(), itertools.count(1)
 
@@ -104,13 +105,13 @@ async def scripted_coordinator(
         tokenizer=LetterTokenizer(),
         pool=pool,
         admission=Admission(AdmissionLimits(max_requests=max_requests, max_tokens=100_000)),
-        limits=SessionLimits(max_attempts=max_attempts, queue_limit_s=queue_limit_s),
+        patience=Patience(max_attempts=max_attempts, queue_limit_s=queue_limit_s),
         books=metrics,
         clock=clock,
         mint_id=mint_id,
         mint_seed=lambda: 7,
         hash_key=b"k",
-        max_remembered=64,
+        max_remembered=max_remembered,
     )
     canary = Canary(
         relay=relay,

@@ -94,6 +94,12 @@ class ScriptedWorker:
         )
         self._joining = asyncio.create_task(self.membership.run())
 
+    def join_again(self, coordinator: str) -> None:
+        """While the first membership still stands; it is told off by the coordinator."""
+        self._former = self._joining
+        self._former_membership = self.membership
+        self.join(coordinator)
+
     def allow(self, num_messages: int) -> None:
         for _ in range(num_messages):
             self._permits.release()
@@ -204,6 +210,7 @@ class _Prefill(prefill_pb2_grpc.PrefillServiceServicer):
         self._worker = worker
 
     async def Prefill(self, request_iterator, context):
+        await context.send_initial_metadata(())
         async for answer in self._worker.session(request_iterator, prefill_pb2.PrefillResponse):
             yield answer
 
@@ -213,5 +220,6 @@ class _Decode(decode_pb2_grpc.DecodeServiceServicer):
         self._worker = worker
 
     async def Decode(self, request_iterator, context):
+        await context.send_initial_metadata(())
         async for answer in self._worker.session(request_iterator, decode_pb2.DecodeResponse):
             yield answer

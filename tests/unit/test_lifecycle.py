@@ -2,15 +2,16 @@
 
 import pytest
 
-from coordinator.lifecycle import FINAL, TRANSITIONS, Event, Phase, advance, verdict
+from coordinator.lifecycle import TRANSITIONS, Event, Patience, Phase, advance, verdict
 from kvrelay.errors import (
     HandoffLost,
-    Incompatible,
     KvCorrupt,
     KvPoolExhausted,
     NoWorker,
     PeerUnavailable,
 )
+
+FINAL = {phase for phase, after in TRANSITIONS.items() if not after}
 
 
 def test_every_phase_is_reachable_from_the_first():
@@ -64,14 +65,21 @@ def test_an_event_that_a_phase_does_not_list_is_a_bug(phase, event):
             advance(phase, event)
 
 
+PATIENCE = Patience(max_attempts=3, queue_limit_s=10.0)
+
+
+def judge(*losses, refused_s=0.0):
+    return verdict(losses, PATIENCE, refused_s=refused_s)
+
+
 def test_a_lost_worker_is_tried_again_until_the_attempts_are_spent():
     """
     The error of the last attempt is named, and the number of attempts.
     """
     losses = [PeerUnavailable("d0 ended"), HandoffLost("lapsed"), PeerUnavailable("d1 ended")]
 
-    assert verdict(losses[:2], max_attempts=3) is None
-    error = verdict(losses, max_attempts=3)
+    assert judge(*losses[:2]) is None
+    error = judge(*losses)
     assert isinstance(error, NoWorker)
     assert error.details["attempts"] == "3"
     assert error.details["last_reason"] == "PEER_UNAVAILABLE"
@@ -81,18 +89,18 @@ def test_corrupt_kv_is_prefilled_again_once():
     """
     A second corruption ends the request with the corruption itself.
     """
-    once = [KvCorrupt("block 3")]
-    twice = [KvCorrupt("block 3"), PeerUnavailable("gone"), KvCorrupt("block 1")]
+    again = KvCorrupt("block 1")
 
-    assert verdict(once, max_attempts=9) is None
-    assert verdict(twice, max_attempts=9) is twice[-1]
+    assert judge(KvCorrupt("block 3")) is None
+    assert judge(KvCorrupt("block 3"), PeerUnavailable("gone"), again) is again
 
 
-def test_what_cannot_succeed_elsewhere_is_not_tried_again():
+def test_workers_without_room_cost_time_and_no_attempt():
     """
-    An error that is not retryable ends the request at once, as itself.
+    In the end the caller hears RESOURCE_EXHAUSTED, not UNAVAILABLE: it should back off.
     """
-    error = Incompatible("layout")
+    full = KvPoolExhausted(wanted_blocks=9, free_blocks=2)
 
-    assert verdict([error], max_attempts=9) is error
-    assert verdict([KvPoolExhausted(wanted_blocks=9, free_blocks=2)], max_attempts=9) is None
+    assert judge(*[full] * 30, refused_s=9.9) is None
+    assert judge(*[full] * 30, PeerUnavailable("gone")) is None
+    assert judge(full, refused_s=10.0) is full

@@ -1,13 +1,15 @@
 """Where requests go, and why."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.router import Disaggregate, PrefixMap, Router, RouteRequest, RouteRules
-from kvrelay.errors import KvPoolExhausted
+from kvrelay.errors import InvalidRequest
 from kvrelay.types import Role, TransportOffer, WorkerLoad
-from tests.support.members import member
+from tests.support.members import FINGERPRINT, LAYOUT, member
 
 P, D = Role.PREFILL, Role.DECODE
 
@@ -111,16 +113,76 @@ def test_always_waits_for_a_prefill_worker_and_never_needs_none():
     assert names(router(Disaggregate.AUTO).place(request(), only_decode)) == (None, "d0")
 
 
-def test_a_request_that_no_pool_could_ever_hold_is_refused_with_the_sizes():
+@pytest.mark.parametrize("drains", [False, True])
+def test_a_request_that_no_worker_could_ever_hold_is_refused_with_the_sizes(drains):
     """
-    64 blocks of 4 slots hold 256 tokens; waiting would not change that.
+    64 blocks of 4 slots hold 256 tokens; who drains now would be as large when it is back.
+    """
+    pool = [member("p0", P), member("d0", D, load=WorkerLoad(is_draining=drains))]
+
+    assert (router().place(request(253), pool) is None) == drains
+    with pytest.raises(InvalidRequest, match=r"257 tokens.*decode worker holds 256"):
+        router().place(request(254), pool)
+
+
+def test_the_size_of_a_worker_is_told_by_its_own_blocks():
+    """
+    A request may have been cut into blocks before any worker had joined.
+    """
+    wide = dataclasses.replace(LAYOUT, block_size=64)
+    fingerprint = dataclasses.replace(FINGERPRINT, layout=wide)
+    pool = [member("p0", P, fingerprint=fingerprint), member("d0", D, fingerprint=fingerprint)]
+
+    assert names(router().place(request(4000), pool)) == ("p0", "d0")
+
+
+def test_a_handoff_that_failed_is_not_tried_again_where_a_local_prefill_serves():
+    """
+    When the way between the two is broken, `auto` still serves; `always` can only try again.
     """
     pool = [member("p0", P), member("d0", D)]
+    broken = request(100, avoid=["p0", "d0"])
 
-    assert router().place(request(253), pool) is not None
-    with pytest.raises(KvPoolExhausted) as refused:
-        router().place(request(254), pool)
-    assert refused.value.details == {"wanted_blocks": "65", "free_blocks": "64"}
+    assert names(router(Disaggregate.AUTO).place(broken, pool)) == (None, "d0")
+    assert names(router(Disaggregate.ALWAYS).place(broken, pool)) == ("p0", "d0")
+
+
+def test_a_worker_that_cannot_be_told_gets_nothing():
+    """
+    It joined, and our session with it does not stand yet.
+    """
+    unlinked = member("d0", D)
+    unlinked.is_linked = False
+
+    assert router(Disaggregate.NEVER).place(request(), [unlinked]) is None
+
+
+def test_a_decode_worker_that_can_pull_from_nobody_is_passed_over():
+    """
+    The two are chosen together: the emptiest decode worker is no use without a source.
+    """
+    near = (TransportOffer(name="shm", address="a", host="h1"),)
+    far = (TransportOffer(name="shm", address="b", host="h2"),)
+    pool = [
+        member("p0", P, offers=near),
+        member("d0", D, offers=far),
+        member("d1", D, offers=near, load=WorkerLoad(running_sequences=5)),
+    ]
+
+    assert names(router().place(request(), pool)) == ("p0", "d1")
+
+
+def test_a_worker_full_of_blocks_is_as_full_as_one_full_of_sequences():
+    """
+    One long sequence may weigh more than several short ones.
+    """
+    pool = [
+        member("p0", P),
+        member("d0", D, load=WorkerLoad(running_sequences=1, held_blocks=60)),
+        member("d1", D, load=WorkerLoad(running_sequences=3, held_blocks=6)),
+    ]
+
+    assert names(router().place(request(), pool)) == ("p0", "d1")
 
 
 def test_no_decode_worker_means_no_placement():
