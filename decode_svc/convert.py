@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from decode_svc.intake import Announcement, Completion, Opened, SourceBlock, SourceRun
 from kvrelay.engine.request import EngineRequest, Origin
 from kvrelay.errors import InvalidRequest, KvCorrupt, ServingError
-from kvrelay.rpc import convert, status, submit
+from kvrelay.rpc import convert, submit
 from kvrelay.rpc.session import Attempt
 from kvrelay.transfer.base import RemoteHold
 from kvrelay.types import BlockId, Fingerprint, FinishReason
@@ -58,12 +58,9 @@ class Outcome:
     failure: ServingError | None = None
 
 
-def attempt_from_wire(message: decode_pb2.DecodeSubmit | common_pb2.CancelAttempt) -> Attempt:
-    return submit.attempt_from_wire(message.request_id, message.attempt)
-
-
-def submit_from_wire(message: decode_pb2.DecodeSubmit, bounds: submit.ModelBounds) -> Submit:
-    attempt = attempt_from_wire(message)
+def submit_from_wire(
+    attempt: Attempt, message: decode_pb2.DecodeSubmit, bounds: submit.ModelBounds
+) -> Submit:
     prompt_ids = submit.prompt_from_wire(message.token_ids, bounds)
     stop = submit.stop_from_wire(
         max_tokens=message.max_tokens,
@@ -102,10 +99,6 @@ def _source_from_wire(pull: decode_pb2.PullSource) -> RemoteHold:
     )
 
 
-def header_to_wire(worker_id: str, epoch: str) -> common_pb2.ResponseHeader:
-    return common_pb2.ResponseHeader(worker_id=worker_id, epoch=epoch)
-
-
 def outcomes_to_wire(
     header: common_pb2.ResponseHeader, outcomes: Sequence[Outcome]
 ) -> decode_pb2.DecodeResponse:
@@ -113,13 +106,7 @@ def outcomes_to_wire(
         header=header,
         outputs=[_output_to_wire(o) for o in outcomes if o.token_ids],
         failed=[
-            common_pb2.FailedAttempt(
-                request_id=o.attempt.request_id,
-                attempt=o.attempt.number,
-                failure=status.to_failure(o.failure),
-            )
-            for o in outcomes
-            if o.failure is not None
+            convert.failed_to_wire(o.attempt, o.failure) for o in outcomes if o.failure is not None
         ],
     )
 

@@ -117,11 +117,6 @@ class Intake:
         return IntakeState.RELEASING
 
     @property
-    def has_landed(self) -> bool:
-        """Whether every byte is here, verified or not."""
-        return self.state in (IntakeState.VERIFYING, IntakeState.RELEASING, IntakeState.JOINED)
-
-    @property
     def num_landed(self) -> int:
         """Blocks fetched so far."""
         return len(self._landed)

@@ -10,7 +10,7 @@ transport has stopped writing, which its `pull` promises once it has returned or
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -22,17 +22,12 @@ from decode_svc.intake import Intake, IntakeState
 from kvrelay.clock import Clock
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import EngineRequest, Granted
-from kvrelay.errors import (
-    Incompatible,
-    KvCorrupt,
-    KvPoolExhausted,
-    ServingError,
-)
+from kvrelay.errors import KvCorrupt, KvPoolExhausted, ServingError
 from kvrelay.kv.cache import KvCache
 from kvrelay.obs.metrics import WorkerMetrics
 from kvrelay.transfer.base import BlockCopy, KvTransport, RemoteHold
-from kvrelay.transfer.digest import block_digest, handoff_digest
-from kvrelay.types import BlockId
+from kvrelay.transfer.build import transport_for
+from kvrelay.transfer.digest import block_digests, handoff_digest
 
 log = structlog.get_logger(__name__)
 
@@ -41,7 +36,7 @@ log = structlog.get_logger(__name__)
 class LandingLimits:
     """What bounds one landing."""
 
-    batch_num_bytes: int = 32 << 20
+    batch_num_bytes: int
     """Most bytes fetched between two looks at what else has been announced."""
 
 
@@ -53,8 +48,8 @@ class _Landing:
     source: RemoteHold
     intake: Intake
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    lost: ServingError | None = None
-    """Why the holder's stream ended, if not well."""
+    listener: "asyncio.Task[None] | None" = None
+    """Hears the holder; it ends by itself when the hold does, or something went wrong."""
 
     is_submitted: bool = False
     """Whether the engine knows the sequence, so that somebody must release it."""
@@ -65,7 +60,17 @@ class _Landing:
     num_overlapped: int = 0
     """Blocks that had landed when the holder completed."""
 
+    pull_s: float = 0.0
+
+    @property
+    def lost(self) -> BaseException | None:
+        """Why the holder is heard no more, if not for a good end."""
+        if self.listener is None or not self.listener.done() or self.listener.cancelled():
+            return None
+        return self.listener.exception()
+
     def require_holder(self) -> None:
+        """Raises whatever ended the listener, our own bugs included."""
         if self.lost is not None:
             raise self.lost
 
@@ -94,7 +99,7 @@ class Lander:
     ) -> None:
         self._engine = engine
         self._cache = cache
-        self._transports: Mapping[str, KvTransport] = {t.name: t for t in transports}
+        self._transports = transports
         self._holders = holders
         self._limits = limits
         self._metrics = metrics
@@ -129,7 +134,7 @@ class Lander:
             Incompatible: there is no transport for this source, or fingerprints differ.
             QueueFull, KvPoolExhausted: see `Engine.submit`.
         """
-        transport = self._transport_for(source)
+        transport = transport_for(self._transports, source.offer)
         self._require_fits(request)
         landing = self._landings[request.seq_id] = self._begin(request, source)
         try:
@@ -170,36 +175,27 @@ class Lander:
         if wanted > self._cache.num_blocks:
             raise KvPoolExhausted(wanted_blocks=wanted, free_blocks=self._cache.num_blocks)
 
-    def _transport_for(self, source: RemoteHold) -> KvTransport:
-        transport = self._transports.get(source.offer.name)
-        if transport is None or not transport.can_pull(source.offer):
-            raise Incompatible(
-                f"cannot pull by {source.offer.name}, have {', '.join(self._transports)}",
-                offered=source.offer.name,
-            )
-        return transport
-
     @asynccontextmanager
     async def _listening(self, landing: _Landing) -> AsyncIterator[None]:
         """Hear the holder's announcements meanwhile. Listening tells it that we live."""
-        listener = asyncio.create_task(self._listen(landing))
+        listener = landing.listener = asyncio.create_task(self._listen(landing))
+        listener.add_done_callback(lambda _: landing.changed.set())
         try:
             yield
         finally:
             listener.cancel()
             await asyncio.gather(listener, return_exceptions=True)
+            # A holder lost after its last word takes nothing back; a bug of ours always shows.
+            if not isinstance(landing.lost, ServingError):
+                landing.require_holder()
 
     async def _listen(self, landing: _Landing) -> None:
-        try:
-            async with aclosing(self._holders.announcements(landing.source)) as announcements:
-                async for announcement in announcements:
-                    landing.intake.heard(announcement)
-                    self._note_completion(landing)
-                    landing.changed.set()
-            landing.intake.require_complete()
-        except ServingError as error:
-            landing.lost = error
-            landing.changed.set()
+        async with aclosing(self._holders.announcements(landing.source)) as announcements:
+            async for announcement in announcements:
+                landing.intake.heard(announcement)
+                self._note_completion(landing)
+                landing.changed.set()
+        landing.intake.require_complete()
 
     def _note_completion(self, landing: _Landing) -> None:
         if landing.intake.completion is not None:
@@ -226,10 +222,13 @@ class Lander:
         self, landing: _Landing, transport: KvTransport, batch: Sequence[BlockCopy]
     ) -> None:
         stats = await transport.pull(landing.source, batch)
-        self._metrics.pulled_bytes.inc(stats.num_bytes)
+        self._metrics.observe_pull(num_bytes=stats.num_bytes, elapsed_s=stats.elapsed_s)
+        landing.pull_s += stats.elapsed_s
         landing.intake.landed(batch)
         landing.landed_s = self._clock.now()
-        digests = await asyncio.to_thread(self._digests_of, [copy.target for copy in batch])
+        digests = await asyncio.to_thread(
+            block_digests, self._cache, [copy.target for copy in batch]
+        )
         landing.intake.verify(batch, digests)
 
     async def _release(self, landing: _Landing, transport: str) -> Landed:
@@ -255,11 +254,9 @@ class Lander:
             num_bytes=cost.num_bytes,
             overlapped_num_bytes=cost.overlapped_num_bytes,
             transport=transport,
+            pull_s=round(landing.pull_s, 6),
         )
         return Landed(first_token_id=intake.completion.first_token_id, cost=cost)
-
-    def _digests_of(self, blocks: Sequence[BlockId]) -> list[int]:
-        return [block_digest(self._cache.block_bytes(block)) for block in blocks]
 
     def _handoff_digest(self, landing: _Landing) -> bytes:
         """What the holder must have said if it computed our prompt. Its blocks' digests are

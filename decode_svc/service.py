@@ -22,8 +22,10 @@ from decode_svc.convert import HandoffCost, Outcome, PrefillCost
 from decode_svc.landing import Landed, Lander
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import Emitted, EngineRequest, SequenceTiming, StepResult
-from kvrelay.errors import Cancelled, Draining, InvalidRequest, QueueFull, ServingError
-from kvrelay.rpc.session import Attempt, Session, converse
+from kvrelay.errors import Cancelled, InvalidRequest, QueueFull, ServingError
+from kvrelay.rpc.convert import header_to_wire
+from kvrelay.rpc.session import Attempt, Session
+from kvrelay.rpc.sessions import Sessions
 from kvrelay.rpc.submit import ModelBounds
 from kvrelay.transfer.base import RemoteHold
 from kvrelay.types import WorkerLoad
@@ -49,7 +51,7 @@ class _Live:
     """Whether the holder's first token is to be told again before our own."""
 
 
-class DecodeService(pb_grpc.DecodeServiceServicer):
+class DecodeServicer(pb_grpc.DecodeServiceServicer):
     """Turns messages into engine calls and back; decides nothing.
 
     Everything but the engine's own work happens in the event loop.
@@ -71,14 +73,13 @@ class DecodeService(pb_grpc.DecodeServiceServicer):
         self._bounds = bounds
         self._max_landings = max_landings
         self._on_failure = on_failure
-        self._header = convert.header_to_wire(worker_id, epoch)
+        self._header = header_to_wire(worker_id, epoch)
         self._live: dict[str, _Live] = {}  # by seq_id
         self._landings: set[asyncio.Task[None]] = set()
         self._num_landed = 0
-        self._sessions: set[Session[Outcome]] = set()
-        self._is_draining = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._sessions: Sessions[Outcome, pb.DecodeSubmit] = Sessions(
+            start=self._start, cancel=self._cancel, failed=_failed, merge=_merged
+        )
 
     async def Decode(
         self,
@@ -86,14 +87,10 @@ class DecodeService(pb_grpc.DecodeServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[pb.DecodeResponse]:
         """See `DecodeService.Decode` in protos/kvrelay/v1/decode.proto."""
-        session = self._open()
-        instructions = converse(request_iterator, session.outbox, partial(self._obey, session))
-        try:
-            async with aclosing(instructions) as batches:
-                async for outcomes in batches:
-                    yield convert.outcomes_to_wire(self._header, outcomes)
-        finally:
-            self._close(session)
+        await context.send_initial_metadata(())  # the session stands: work may be placed here
+        async with aclosing(self._sessions.converse(request_iterator)) as batches:
+            async for outcomes in batches:
+                yield convert.outcomes_to_wire(self._header, outcomes)
 
     def take_step(self, result: StepResult) -> None:
         """What an engine step says. Called in the event loop; late news of the gone is dropped."""
@@ -105,72 +102,22 @@ class DecodeService(pb_grpc.DecodeServiceServicer):
 
     def load(self) -> WorkerLoad:
         """How this worker is now."""
-        load = self._engine.load()
-        return WorkerLoad(
-            free_blocks=load.blocks.free,
-            cached_blocks=load.blocks.cached,
-            held_blocks=load.blocks.held,
-            waiting_sequences=load.waiting,
-            running_sequences=load.running,
+        return self._engine.load().worker_load(
             handoff_holds=self._lander.num_landing,
-            queued_prompt_tokens=load.queued_prompt_tokens,
-            prefill_tokens_per_s=load.prefill_tokens_per_s,
-            step_s=load.step_s,
             handoffs_total=self._num_landed,
-            preemptions_total=load.preemptions_total,
-            is_draining=self._is_draining,
+            is_draining=self._sessions.is_draining,
         )
 
     def begin_drain(self) -> None:
-        """Take nothing new; each session ends once its last attempt has."""
-        self._is_draining = True
-        for session in self._sessions:
-            self._end_if_drained(session)
+        self._sessions.begin_drain()
 
     async def drained(self) -> None:
         """Return once no session is left, and nothing writes into our cache."""
-        await self._idle.wait()
+        await self._sessions.drained()
         await asyncio.gather(*self._landings, return_exceptions=True)
 
-    def _open(self) -> Session[Outcome]:
-        if self._is_draining:
-            raise Draining("this worker is leaving the pool")
-        session: Session[Outcome] = Session(_merged)
-        self._sessions.add(session)
-        self._idle.clear()
-        log.info("session.opened", num_sessions=len(self._sessions))
-        return session
-
-    def _close(self, session: Session[Outcome]) -> None:
-        num_cancelled = len(session.attempts)
-        for attempt in list(session.attempts):
-            self._cancel(session, attempt)
-        self._sessions.discard(session)
-        if not self._sessions:
-            self._idle.set()
-        log.info("session.closed", num_cancelled=num_cancelled)
-
-    def _obey(self, session: Session[Outcome], message: pb.DecodeRequest) -> None:
-        match message.WhichOneof("instruction"):
-            case "submit":
-                self._submit(session, message.submit)
-            case "cancel":
-                self._cancel(session, convert.attempt_from_wire(message.cancel))
-            case _:
-                raise InvalidRequest("instruction", "one of submit or cancel must be given")
-
-    def _submit(self, session: Session[Outcome], message: pb.DecodeSubmit) -> None:
-        # An attempt without a proper name cannot fail by itself: that ends the session.
-        attempt = convert.attempt_from_wire(message)
-        try:
-            self._start(session, convert.submit_from_wire(message, self._bounds))
-        except ServingError as error:
-            session.outbox.put(attempt, Outcome(attempt=attempt, failure=error))
-
-    def _start(self, session: Session[Outcome], submit: convert.Submit) -> None:
-        if self._is_draining:
-            raise Draining("this worker is leaving the pool")
-        attempt = submit.attempt
+    def _start(self, session: Session[Outcome], attempt: Attempt, message: pb.DecodeSubmit) -> None:
+        submit = convert.submit_from_wire(attempt, message, self._bounds)
         if attempt.seq_id in self._live:
             raise InvalidRequest("attempt", f"{attempt.number} was submitted before")
         live = _Live(attempt, session)
@@ -183,7 +130,6 @@ class DecodeService(pb_grpc.DecodeServiceServicer):
             self._landings.add(live.landing)
             live.landing.add_done_callback(self._landing_done)
         self._live[attempt.seq_id] = live
-        session.attempts.add(attempt)
 
     def _require_room(self) -> None:
         queued, limit = len(self._landings), self._max_landings
@@ -214,12 +160,10 @@ class DecodeService(pb_grpc.DecodeServiceServicer):
         if self._live.get(live.attempt.seq_id) is not live:
             return  # called off meanwhile: nobody wants to know
         log.info("handoff.failed", reason=error.reason, problem=str(error))
-        outcome = Outcome(attempt=live.attempt, failure=error)
-        live.session.outbox.put(live.attempt, outcome)
+        live.session.outbox.put(live.attempt, _failed(live.attempt, error))
         self._end(live)
 
     def _cancel(self, session: Session[Outcome], attempt: Attempt) -> None:
-        session.outbox.drop(attempt)
         live = self._live.get(attempt.seq_id)
         if live is None or live.session is not session:
             return
@@ -251,12 +195,11 @@ class DecodeService(pb_grpc.DecodeServiceServicer):
 
     def _end(self, live: _Live) -> None:
         del self._live[live.attempt.seq_id]
-        live.session.end(live.attempt)
-        self._end_if_drained(live.session)
+        self._sessions.end(live.session, live.attempt)
 
-    def _end_if_drained(self, session: Session[Outcome]) -> None:
-        if self._is_draining and not session.attempts:
-            session.outbox.close()
+
+def _failed(attempt: Attempt, failure: ServingError) -> Outcome:
+    return Outcome(attempt=attempt, failure=failure)
 
 
 def _cost(landed: Landed | None, timing: SequenceTiming | None) -> HandoffCost | PrefillCost | None:

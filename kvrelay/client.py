@@ -12,6 +12,7 @@ from types import TracebackType
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kvrelay.config import TlsFiles
 from kvrelay.events import Delta, Event, Finished, Started, Usage
 from kvrelay.obs.ledger import Ledger
 from kvrelay.rpc import convert
@@ -29,6 +30,17 @@ class Message:
     content: str
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A prompt that is tokenized already."""
+
+    token_ids: Sequence[int]
+
+
+Prompt = str | Sequence[Message] | Tokens
+"""Plain text is continued as it stands; messages are rendered by the model's chat template."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
     """How to continue a prompt. None means: not sent, the coordinator's default applies."""
@@ -40,7 +52,31 @@ class GenerateOptions:
     min_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    """Text before which the output ends."""
+
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the output, besides the model's own."""
+
     ignore_eos: bool = False
+    """Go on after the model's end-of-sequence tokens."""
+
+
+_DEFAULTS = GenerateOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What is served and with which limits."""
+
+    name: str
+    model_digest: str
+    context_tokens: int
+    """Most tokens of prompt and output together."""
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    default_max_tokens: int
+    disaggregate: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +104,29 @@ class Pool:
 class Client:
     """One connection to a coordinator. Use as an async context manager.
 
+    For example, all of an answer's text:
+
+        async with Client("127.0.0.1:50051") as client:
+            options = GenerateOptions(max_tokens=64, temperature=0.0)
+            events = client.generate([Message("user", "Why is the sky blue?")], options)
+            async with aclosing(events):
+                text = "".join([e.text async for e in events if isinstance(e, Delta)])
+
+    Any number of requests may share a client. `timeout_s` of a method is its whole deadline;
+    without one it waits as long as the server lives.
+
+    Args:
+        target: HOST:PORT of the coordinator's gRPC server.
+        tls: where the services speak TLS, a certificate whose name is the role `client`.
+
     Raises:
-        PeerUnavailable: from any method, nothing answers at `target`.
+        SettingsError: a TLS file cannot be read.
+        PeerUnavailable: from any method, nothing answers at `target`, or not in TLS as we do.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *, tls: TlsFiles | None = None) -> None:
         self.target = target
-        self._channel = open_channel(target)
+        self._channel = open_channel(target, tls=tls)
         self._generate = generate_pb2_grpc.GenerateServiceStub(self._channel)
         self._pool = pool_pb2_grpc.PoolServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -92,12 +144,12 @@ class Client:
 
     async def generate(
         self,
-        prompt: str | Sequence[Message],
-        options: GenerateOptions,
+        prompt: Prompt,
+        options: GenerateOptions = _DEFAULTS,
         *,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Event, None]:
-        """Continue plain text, or a conversation by the model's chat template.
+        """Continue a prompt: one `Started`, then `Delta` after `Delta`, then `Finished`.
 
         An async generator: closing it early cancels the request. Use `aclosing`.
 
@@ -111,6 +163,42 @@ class Client:
                     yield _event(response)
         finally:
             call.cancel()
+
+    async def tokenize(
+        self, text: str | Sequence[Message], *, timeout_s: float | None = None
+    ) -> tuple[int, ...]:
+        """The token ids that `generate` would make of the same."""
+        request = generate_pb2.TokenizeRequest()
+        if isinstance(text, str):
+            request.text = text
+        else:
+            request.chat.CopyFrom(_chat(text))
+        async with _errors_of_grpc():
+            response = await self._generate.Tokenize(request, timeout=timeout_s)
+        return tuple(response.token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:
+        """The text of token ids, special tokens left out."""
+        request = generate_pb2.DetokenizeRequest(token_ids=token_ids)
+        async with _errors_of_grpc():
+            response = await self._generate.Detokenize(request, timeout=timeout_s)
+        return str(response.text)
+
+    async def model(self, *, timeout_s: float | None = None) -> Model:
+        """What is served and with which limits."""
+        async with _errors_of_grpc():
+            response = await self._generate.GetModel(
+                generate_pb2.GetModelRequest(), timeout=timeout_s
+            )
+        return Model(
+            name=response.model,
+            model_digest=response.model_digest,
+            context_tokens=response.context_tokens,
+            vocab_size=response.vocab_size,
+            eos_token_ids=tuple(response.eos_token_ids),
+            default_max_tokens=response.default_max_tokens,
+            disaggregate=response.disaggregate,
+        )
 
     async def pool(self, *, timeout_s: float | None = None) -> Pool:
         """The members of the pool and whether it serves."""
@@ -167,9 +255,7 @@ async def _errors_of_grpc() -> AsyncIterator[None]:
         raise from_grpc(error) from error
 
 
-def _request(
-    prompt: str | Sequence[Message], options: GenerateOptions
-) -> generate_pb2.GenerateRequest:
+def _request(prompt: Prompt, options: GenerateOptions) -> generate_pb2.GenerateRequest:
     request = generate_pb2.GenerateRequest(
         sampling=common_pb2.SamplingParams(
             temperature=options.temperature,
@@ -180,14 +266,21 @@ def _request(
         ),
         max_tokens=options.max_tokens,
         stop=options.stop,
+        stop_token_ids=options.stop_token_ids,
         ignore_eos=options.ignore_eos,
     )
     if isinstance(prompt, str):
         request.text = prompt
+    elif isinstance(prompt, Tokens):
+        request.tokens.CopyFrom(generate_pb2.TokenPrompt(token_ids=prompt.token_ids))
     else:
-        turns = [generate_pb2.ChatMessage(role=m.role, content=m.content) for m in prompt]
-        request.chat.CopyFrom(generate_pb2.ChatPrompt(messages=turns))
+        request.chat.CopyFrom(_chat(prompt))
     return request
+
+
+def _chat(messages: Sequence[Message]) -> generate_pb2.ChatPrompt:
+    turns = [generate_pb2.ChatMessage(role=m.role, content=m.content) for m in messages]
+    return generate_pb2.ChatPrompt(messages=turns)
 
 
 def _event(response: generate_pb2.GenerateResponse) -> Event:

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from kvrelay.worker import WorkerSettings
+from kvrelay.worker.settings import WorkerSettings
 
 
 class PrefillConfig(WorkerSettings):

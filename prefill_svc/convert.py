@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from kvrelay.engine.request import EngineRequest, Goal
 from kvrelay.errors import Incompatible, InvalidRequest, ServingError
-from kvrelay.rpc import convert, status, submit
+from kvrelay.rpc import convert, submit
 from kvrelay.rpc.session import Attempt
 from kvrelay.types import Fingerprint, FinishReason
 from kvrelay.v1 import common_pb2, handoff_pb2, prefill_pb2
@@ -37,14 +37,9 @@ class Outcome:
     failure: ServingError | None = None
 
 
-def attempt_from_wire(
-    message: prefill_pb2.PrefillSubmit | common_pb2.CancelAttempt,
-) -> Attempt:
-    return submit.attempt_from_wire(message.request_id, message.attempt)
-
-
-def submit_from_wire(message: prefill_pb2.PrefillSubmit, bounds: submit.ModelBounds) -> Submit:
-    attempt = attempt_from_wire(message)
+def submit_from_wire(
+    attempt: Attempt, message: prefill_pb2.PrefillSubmit, bounds: submit.ModelBounds
+) -> Submit:
     prompt_ids = submit.prompt_from_wire(message.token_ids, bounds)
     if not message.puller_id:
         raise InvalidRequest("puller_id", "empty")
@@ -87,10 +82,6 @@ def require_fingerprint(theirs: common_pb2.Fingerprint, ours: Fingerprint) -> No
         raise Incompatible(f"fingerprints differ ({listed})", **differences)
 
 
-def header_to_wire(worker_id: str, epoch: str) -> common_pb2.ResponseHeader:
-    return common_pb2.ResponseHeader(worker_id=worker_id, epoch=epoch)
-
-
 def outcomes_to_wire(
     header: common_pb2.ResponseHeader, outcomes: Sequence[Outcome]
 ) -> prefill_pb2.PrefillResponse:
@@ -98,13 +89,7 @@ def outcomes_to_wire(
         header=header,
         prefilled=[_prefilled_to_wire(o) for o in outcomes if o.failure is None],
         failed=[
-            common_pb2.FailedAttempt(
-                request_id=o.attempt.request_id,
-                attempt=o.attempt.number,
-                failure=status.to_failure(o.failure),
-            )
-            for o in outcomes
-            if o.failure is not None
+            convert.failed_to_wire(o.attempt, o.failure) for o in outcomes if o.failure is not None
         ],
     )
 

@@ -36,16 +36,16 @@ class HoldState(Enum):
 class HoldLimits:
     """What bounds the holds of one worker."""
 
-    hold_s: float = 30.0
+    hold_s: float
     """A complete hold without a connected puller lapses after this."""
 
-    unclaimed_hold_s: float = 10.0
+    unclaimed_hold_s: float
     """A pull may wait this long for its prompt to be submitted."""
 
-    max_expected: int = 1024
+    max_expected: int
     """Pulls that may wait at once for their prompts to be submitted."""
 
-    max_remembered: int = 4096
+    max_remembered: int
     """Ended holds whose outcome can still be told."""
 
 
@@ -125,8 +125,6 @@ class Holds:
         self._holds: dict[str, Hold] = {}
         self._ended: OrderedDict[str, Hold] = OrderedDict()
         self.num_released = 0
-        self.num_unclaimed = 0
-        """Holds, and pulls without a prompt, given up because time passed."""
 
     @property
     def num_waiting_for_release(self) -> int:
@@ -300,7 +298,6 @@ class Holds:
             if (due := self._due_s(hold)) is not None and due <= now_s
         ]
         for hold in overdue:
-            self.num_unclaimed += 1
             if hold.state is HoldState.EXPECTED:
                 # Not remembered: the prompt may still be submitted, and its puller come again.
                 hold.state = HoldState.LAPSED

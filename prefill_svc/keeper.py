@@ -23,9 +23,8 @@ from kvrelay.engine.request import ChunkDone
 from kvrelay.errors import HandoffLost, InvalidRequest
 from kvrelay.kv.cache import KvCache
 from kvrelay.obs.metrics import WorkerMetrics
-from kvrelay.transfer.digest import block_digest, handoff_digest
+from kvrelay.transfer.digest import block_digests, handoff_digest
 from kvrelay.transfer.stream import read_frames
-from kvrelay.types import BlockId
 from prefill_svc.holds import AnnouncedBlock, Hold, HoldLimits, Holds, HoldState
 
 log = structlog.get_logger(__name__)
@@ -200,7 +199,7 @@ class HoldKeeper:
             if not blocks:
                 return
             generations = [self._engine.generation(block) for block in blocks]
-            digests = await asyncio.to_thread(self._digests_of, blocks)
+            digests = await asyncio.to_thread(block_digests, self.cache, blocks)
             # The hold may have lapsed meanwhile; then these are digests of anything.
             hold.require_alive()
             assert start == len(hold.announced)
@@ -208,9 +207,6 @@ class HoldKeeper:
                 hold, [AnnouncedBlock(*b) for b in zip(blocks, generations, digests, strict=True)]
             )
         self._changed(hold)
-
-    def _digests_of(self, blocks: Sequence[BlockId]) -> list[int]:
-        return [block_digest(self.cache.block_bytes(block)) for block in blocks]
 
     def _completion_of(self, hold: Hold) -> Completed:
         assert hold.first_token_id is not None

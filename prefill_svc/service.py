@@ -1,4 +1,4 @@
-"""The sessions of coordinators with a prefill worker.
+"""The sessions of coordinators with a prefill worker, and the handoffs to decode workers.
 
     1. a submit goes to the engine, and a hold begins under its handoff_id
     2. each step's chunks advance holds; a first token completes its hold and is told at once
@@ -7,7 +7,6 @@
 An attempt lives here until its hold has ended, whoever ended it.
 """
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -15,14 +14,16 @@ from functools import partial
 from typing import Any
 
 import grpc
-import structlog
 
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import ChunkDone, Emitted, SequenceTiming, StepResult
-from kvrelay.errors import Draining, InvalidRequest, ServingError
-from kvrelay.rpc.session import Attempt, Session, converse
+from kvrelay.errors import Incompatible, InvalidRequest, ServingError
+from kvrelay.rpc.convert import header_to_wire
+from kvrelay.rpc.session import Attempt, Session
+from kvrelay.rpc.sessions import Sessions
 from kvrelay.rpc.submit import ModelBounds
-from kvrelay.types import WorkerLoad
+from kvrelay.types import Fingerprint, WorkerLoad
+from kvrelay.v1 import handoff_pb2, handoff_pb2_grpc
 from kvrelay.v1 import prefill_pb2 as pb
 from kvrelay.v1 import prefill_pb2_grpc as pb_grpc
 from prefill_svc import convert
@@ -30,7 +31,7 @@ from prefill_svc.convert import Outcome
 from prefill_svc.holds import Hold
 from prefill_svc.keeper import HoldKeeper
 
-log = structlog.get_logger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(slots=True)
@@ -42,7 +43,7 @@ class _Live:
     hold: Hold
 
 
-class PrefillService(pb_grpc.PrefillServiceServicer):
+class PrefillServicer(pb_grpc.PrefillServiceServicer):
     """Turns messages into engine calls and back; decides nothing.
 
     Everything but the engine's own work happens in the event loop.
@@ -54,27 +55,22 @@ class PrefillService(pb_grpc.PrefillServiceServicer):
         self._engine = engine
         self._keeper = keeper
         self._bounds = bounds
-        self._header = convert.header_to_wire(worker_id, epoch)
+        self._header = header_to_wire(worker_id, epoch)
         self._live: dict[str, _Live] = {}  # by seq_id
-        self._sessions: set[Session[Outcome]] = set()
-        self._is_draining = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._sessions: Sessions[Outcome, pb.PrefillSubmit] = Sessions(
+            start=self._start, cancel=self._cancel, failed=_failed, merge=_latest
+        )
 
     async def Prefill(
         self,
         request_iterator: AsyncIterator[pb.PrefillRequest],
-        context: grpc.aio.ServicerContext[Any, Any],
+        context: Context,
     ) -> AsyncIterator[pb.PrefillResponse]:
         """See `PrefillService.Prefill` in protos/kvrelay/v1/prefill.proto."""
-        session = self._open()
-        instructions = converse(request_iterator, session.outbox, partial(self._obey, session))
-        try:
-            async with aclosing(instructions) as batches:
-                async for outcomes in batches:
-                    yield convert.outcomes_to_wire(self._header, outcomes)
-        finally:
-            self._close(session)
+        await context.send_initial_metadata(())  # the session stands: work may be placed here
+        async with aclosing(self._sessions.converse(request_iterator)) as batches:
+            async for outcomes in batches:
+                yield convert.outcomes_to_wire(self._header, outcomes)
 
     def take_step(self, result: StepResult) -> None:
         """What an engine step says. Called in the event loop; late news of the gone is dropped."""
@@ -86,72 +82,23 @@ class PrefillService(pb_grpc.PrefillServiceServicer):
 
     def load(self) -> WorkerLoad:
         """How this worker is now."""
-        load = self._engine.load()
         holds = self._keeper.holds
-        return WorkerLoad(
-            free_blocks=load.blocks.free,
-            cached_blocks=load.blocks.cached,
-            held_blocks=load.blocks.held,
-            waiting_sequences=load.waiting,
-            running_sequences=load.running,
+        return self._engine.load().worker_load(
             handoff_holds=holds.num_waiting_for_release,
-            queued_prompt_tokens=load.queued_prompt_tokens,
-            prefill_tokens_per_s=load.prefill_tokens_per_s,
-            step_s=load.step_s,
             handoffs_total=holds.num_released,
-            preemptions_total=load.preemptions_total,
-            is_draining=self._is_draining,
+            is_draining=self._sessions.is_draining,
         )
 
     def begin_drain(self) -> None:
-        """Take nothing new; each session ends once its last attempt has."""
-        self._is_draining = True
-        for session in self._sessions:
-            self._end_if_drained(session)
+        self._sessions.begin_drain()
 
     async def drained(self) -> None:
-        """Return once no session is left."""
-        await self._idle.wait()
+        await self._sessions.drained()
 
-    def _open(self) -> Session[Outcome]:
-        if self._is_draining:
-            raise Draining("this worker is leaving the pool")
-        session: Session[Outcome] = Session(_latest)
-        self._sessions.add(session)
-        self._idle.clear()
-        log.info("session.opened", num_sessions=len(self._sessions))
-        return session
-
-    def _close(self, session: Session[Outcome]) -> None:
-        num_cancelled = len(session.attempts)
-        for attempt in list(session.attempts):
-            self._cancel(session, attempt)
-        self._sessions.discard(session)
-        if not self._sessions:
-            self._idle.set()
-        log.info("session.closed", num_cancelled=num_cancelled)
-
-    def _obey(self, session: Session[Outcome], message: pb.PrefillRequest) -> None:
-        match message.WhichOneof("instruction"):
-            case "submit":
-                self._submit(session, message.submit)
-            case "cancel":
-                self._cancel(session, convert.attempt_from_wire(message.cancel))
-            case _:
-                raise InvalidRequest("instruction", "one of submit or cancel must be given")
-
-    def _submit(self, session: Session[Outcome], message: pb.PrefillSubmit) -> None:
-        # An attempt without a proper name cannot fail by itself: that ends the session.
-        attempt = convert.attempt_from_wire(message)
-        try:
-            self._start(session, convert.submit_from_wire(message, self._bounds))
-        except ServingError as error:
-            session.outbox.put(attempt, Outcome(attempt=attempt, failure=error))
-
-    def _start(self, session: Session[Outcome], submit: convert.Submit) -> None:
-        if self._is_draining:
-            raise Draining("this worker is leaving the pool")
-        attempt = submit.attempt
+    def _start(
+        self, session: Session[Outcome], attempt: Attempt, message: pb.PrefillSubmit
+    ) -> None:
+        submit = convert.submit_from_wire(attempt, message, self._bounds)
         if attempt.seq_id in self._live:
             raise InvalidRequest("attempt", f"{attempt.number} was submitted before")
         self._engine.submit(submit.request)
@@ -167,10 +114,8 @@ class PrefillService(pb_grpc.PrefillServiceServicer):
             self._engine.release(attempt.seq_id)
             raise
         self._live[attempt.seq_id] = _Live(attempt, session, hold)
-        session.attempts.add(attempt)
 
     def _cancel(self, session: Session[Outcome], attempt: Attempt) -> None:
-        session.outbox.drop(attempt)
         live = self._live.get(attempt.seq_id)
         if live is not None and live.session is session:
             self._keeper.lapse(live.hold)
@@ -203,12 +148,55 @@ class PrefillService(pb_grpc.PrefillServiceServicer):
     def _end(self, seq_id: str) -> None:
         """The keeper says that nothing is held any more."""
         live = self._live.pop(seq_id)
-        live.session.end(live.attempt)
-        self._end_if_drained(live.session)
+        self._sessions.end(live.session, live.attempt)
 
-    def _end_if_drained(self, session: Session[Outcome]) -> None:
-        if self._is_draining and not session.attempts:
-            session.outbox.close()
+
+class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
+    """Hands held KV to the worker it is held for: the wire side of `keeper`; decides nothing."""
+
+    def __init__(
+        self, keeper: HoldKeeper, *, worker_id: str, epoch: str, fingerprint: Fingerprint
+    ) -> None:
+        self._keeper = keeper
+        self._header = header_to_wire(worker_id, epoch)
+        self._fingerprint = fingerprint
+
+    async def Pull(
+        self, request: handoff_pb2.PullRequest, context: Context
+    ) -> AsyncIterator[handoff_pb2.PullResponse]:
+        """See `HandoffService.Pull` in protos/kvrelay/v1/handoff.proto."""
+        self._require_epoch(request.epoch)
+        convert.require_fingerprint(request.fingerprint, self._fingerprint)
+        handoff_id = convert.handoff_id_from_wire(request.handoff_id)
+        async with aclosing(self._keeper.announcements(handoff_id, request.puller_id)) as events:
+            async for event in events:
+                yield convert.announcement_to_wire(event)
+
+    async def Read(
+        self, request: handoff_pb2.ReadRequest, context: Context
+    ) -> AsyncIterator[handoff_pb2.ReadResponse]:
+        """See `HandoffService.Read` in protos/kvrelay/v1/handoff.proto."""
+        self._require_epoch(request.epoch)
+        indexes = convert.indexes_from_wire(request.indexes)
+        for frame in self._keeper.frames(request.handoff_id, request.puller_id, indexes):
+            yield convert.frame_to_wire(frame)
+
+    async def Release(
+        self, request: handoff_pb2.ReleaseRequest, context: Context
+    ) -> handoff_pb2.ReleaseResponse:
+        """See `HandoffService.Release` in protos/kvrelay/v1/handoff.proto."""
+        self._require_epoch(request.epoch)
+        self._keeper.release(request.handoff_id, request.puller_id, request.generations)
+        return handoff_pb2.ReleaseResponse(header=self._header)
+
+    def _require_epoch(self, epoch: str) -> None:
+        ours = self._header.epoch
+        if epoch != ours:
+            raise Incompatible(f"epoch {epoch[:64]} is not ours, {ours}", epoch=ours)
+
+
+def _failed(attempt: Attempt, failure: ServingError) -> Outcome:
+    return Outcome(attempt=attempt, failure=failure)
 
 
 def _latest(before: Outcome, after: Outcome) -> Outcome:

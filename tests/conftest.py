@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+import kvrelay  # noqa: F401 - before anything imports gRPC, whose C core it quietens
+
 SETTLE_S = 5.0
 """gRPC closes sockets, and kernels reap processes, a moment after they are told to."""
 

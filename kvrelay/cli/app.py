@@ -13,13 +13,12 @@ from typing import Annotated
 
 import typer
 
-from kvrelay.cli import target
+from kvrelay.cli.target import DEFAULT, Target, Tls, checked
 from kvrelay.store.catalog import SMOLLM2_135M_INSTRUCT
 
 MAX_U32 = 2**32 - 1
 MAX_U64 = 2**64 - 1
 DEFAULT_MODEL = SMOLLM2_135M_INSTRUCT.name
-DEFAULT_MAX_TOKENS = 256
 
 app = typer.Typer(
     name="kvrelay",
@@ -29,20 +28,25 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Target = Annotated[
+Address = Annotated[
     str,
     typer.Option(
         envvar="KVRELAY_TARGET",
         metavar="HOST:PORT",
-        callback=target.checked,
+        callback=checked,
         help="The coordinator's gRPC address.",
     ),
 ]
 Model = Annotated[
-    str, typer.Option(metavar="NAME|DIR", help="A pulled model, or a model directory.")
+    str,
+    typer.Option(metavar="NAME|DIR|FILE", help="A pulled model, a model directory, a .gguf file."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_U32, help="Most tokens of an answer. Default: the coordinator's."),
+]
 
 
 class Transport(StrEnum):
@@ -99,7 +103,9 @@ def up(
     http_port: Annotated[
         int, typer.Option(min=0, max=65535, help="The OpenAI-style HTTP port; 0 picks one.")
     ] = 8000,
-    transport: Annotated[Transport, typer.Option(help="How KV travels.")] = Transport.AUTO,
+    transport: Annotated[
+        Transport, typer.Option(help="How KV travels: shm within a host, stream anywhere.")
+    ] = Transport.AUTO,
     disaggregate: Annotated[
         Disaggregate, typer.Option(help="When prompts go to prefill workers.")
     ] = Disaggregate.AUTO,
@@ -127,13 +133,14 @@ def up(
 ) -> None:
     """Start a coordinator and its workers on this machine, and keep them alive."""
     from kvrelay.cli import up as command
+    from kvrelay.supervise.topology import Topology
 
     command.up(
-        command.Wanted(
+        Topology(
             model=model,
             num_prefill=prefill,
             num_decode=decode,
-            num_threads=threads,
+            num_threads=threads or command.share_of_cores(prefill + decode),
             transport=transport.value,
             disaggregate=disaggregate.value,
             dtype=dtype.value if dtype else None,
@@ -150,13 +157,12 @@ def up(
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to answer; `-` reads it from stdin.")],
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it stands, without chat template.")
     ] = False,
-    max_tokens: Annotated[
-        int, typer.Option(min=0, max=MAX_U32, help="Most tokens to generate.")
-    ] = DEFAULT_MAX_TOKENS,
+    max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_k: Annotated[
         int | None, typer.Option(min=0, max=MAX_U32, help="Keep the k likeliest tokens.")
@@ -180,7 +186,7 @@ def generate(
     timeout: Annotated[
         float | None, typer.Option(min=0.001, metavar="S", help="Give up after this many seconds.")
     ] = None,
-    target: Target = target.DEFAULT,
+    target: Address = DEFAULT,
 ) -> None:
     """Generate from a prompt and stream the text."""
     from kvrelay.cli import generate as command
@@ -196,7 +202,7 @@ def generate(
         stop=tuple(stop or ()),
     )
     command.generate(
-        target,
+        Target(target, context.obj),
         prompt,
         options,
         is_raw=raw,
@@ -208,58 +214,61 @@ def generate(
 
 @app.command()
 def chat(
+    context: typer.Context,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, max=MAX_U32, help="Most tokens of one answer.")
-    ] = DEFAULT_MAX_TOKENS,
+    max_tokens: MaxTokens = None,
     temperature: Temperature = None,
-    target: Target = target.DEFAULT,
+    target: Address = DEFAULT,
 ) -> None:
     """Talk with the model."""
     from kvrelay.cli import chat as command
     from kvrelay.client import GenerateOptions
 
     options = GenerateOptions(max_tokens=max_tokens, temperature=temperature)
-    command.chat(target, options, system=system)
+    command.chat(Target(target, context.obj), options, system=system)
 
 
 @app.command()
 def status(
+    context: typer.Context,
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Keep it on the screen.")] = False,
-    target: Target = target.DEFAULT,
+    target: Address = DEFAULT,
 ) -> None:
     """Show the workers: blocks, queues, running sequences."""
     from kvrelay.cli import status as command
 
     if watch and as_json:
         raise typer.BadParameter("--watch and --json exclude each other")
-    command.watch(target) if watch else command.status(target, as_json=as_json)
+    where = Target(target, context.obj)
+    command.watch(where) if watch else command.status(where, as_json=as_json)
 
 
 @app.command()
 def health(
+    context: typer.Context,
     service: Annotated[
         str, typer.Option(help="A service's full name; empty asks for the whole process.")
     ] = "",
-    target: Target = target.DEFAULT,
+    target: Address = DEFAULT,
 ) -> None:
     """Exit with 0 if the server at the target serves, with 1 if not."""
     from kvrelay.cli import health as command
 
-    command.health(target, service)
+    command.health(Target(target, context.obj), service)
 
 
 @app.command()
 def explain(
+    context: typer.Context,
     request_id: Annotated[str, typer.Argument(help="From `generate --json`, or from a log.")],
     as_json: AsJson = False,
-    target: Target = target.DEFAULT,
+    target: Address = DEFAULT,
 ) -> None:
     """Show the ledger of a request that ended lately."""
     from kvrelay.cli import explain as command
 
-    command.explain(target, request_id, as_json=as_json)
+    command.explain(Target(target, context.obj), request_id, as_json=as_json)
 
 
 @app.command(hidden=True)
@@ -281,12 +290,25 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
+    tls_cert_file: Annotated[
+        Path | None,
+        typer.Option(envvar="KVRELAY_TLS_CERT_FILE", help="PEM certificate for the role `client`."),
+    ] = None,
+    tls_key_file: Annotated[
+        Path | None,
+        typer.Option(envvar="KVRELAY_TLS_KEY_FILE", help="PEM key of that certificate."),
+    ] = None,
+    tls_ca_file: Annotated[
+        Path | None,
+        typer.Option(envvar="KVRELAY_TLS_CA_FILE", help="PEM certificates that vouch for servers."),
+    ] = None,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    pass
+    context.obj = Tls(tls_cert_file, tls_key_file, tls_ca_file)
 
 
 def main() -> None:

@@ -6,32 +6,34 @@ import signal
 
 import typer
 
-from kvrelay.cli import target
 from kvrelay.cli.generate import Answer, stream
+from kvrelay.cli.target import ANSWER_WITHIN_S, Target
 from kvrelay.client import Client, GenerateOptions, Message
 from kvrelay.errors import InvalidRequest, PeerUnavailable, ServingError
 
 _HELP = "/reset forgets the conversation, /quit leaves, Ctrl-C stops an answer."
 
 
-def chat(address: str, options: GenerateOptions, *, system: str | None) -> None:
+def chat(target: Target, options: GenerateOptions, *, system: str | None) -> None:
     """Talk with the model until the end of input."""
     readline.set_history_length(1000)
-    target.run(address, _chat(address, system, options))
+    target.run(_chat(target, system, options))
 
 
-async def _chat(address: str, system: str | None, options: GenerateOptions) -> None:
+async def _chat(target: Target, system: str | None, options: GenerateOptions) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # at the prompt, Ctrl-C leaves
     opening = [Message("system", system)] if system else []
     turns = list(opening)
-    async with Client(address) as client:
-        await client.pool(timeout_s=target.ANSWER_WITHIN_S)  # a dead target is told at once
+    async with target.connect() as client:
+        await client.pool(timeout_s=ANSWER_WITHIN_S)  # a dead target is told at once
         typer.echo(_HELP, err=True)
         while (said := _read()) is not None:
             if said == "/reset":
                 turns = list(opening)
             elif said == "/quit":
                 return
+            elif said.startswith("/"):
+                typer.echo(_HELP, err=True)
             elif said:
                 turns = await _turn(client, [*turns, Message("user", said)], options)
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import typer
 from rich.console import Console
 
-from kvrelay.cli import render, target
-from kvrelay.client import Client, GenerateOptions, Message
+from kvrelay.cli import render
+from kvrelay.cli.target import Target, fail
+from kvrelay.client import Client, GenerateOptions, Message, Prompt
 from kvrelay.events import Delta, Event, Finished, Started
 
 
@@ -57,7 +58,7 @@ def ledger_json(finished: Finished) -> dict[str, object]:
 
 
 def generate(
-    address: str,
+    target: Target,
     prompt: str,
     options: GenerateOptions,
     *,
@@ -70,21 +71,21 @@ def generate(
     text = read_prompt(prompt)
     wanted = text if is_raw else [Message("user", text)]
     main = _generate(
-        address, wanted, options, timeout_s=timeout_s, as_json=as_json, with_ledger=with_ledger
+        target, wanted, options, timeout_s=timeout_s, as_json=as_json, with_ledger=with_ledger
     )
-    target.run(address, main)
+    target.run(main)
 
 
 async def _generate(
-    address: str,
-    prompt: str | list[Message],
+    target: Target,
+    prompt: Prompt,
     options: GenerateOptions,
     *,
     timeout_s: float | None,
     as_json: bool,
     with_ledger: bool,
 ) -> None:
-    async with Client(address) as client:
+    async with target.connect() as client:
         answer = await stream(client, prompt, options, timeout_s=timeout_s, is_silent=as_json)
     if as_json:
         typer.echo(json.dumps(answer.to_json(), ensure_ascii=False))
@@ -94,7 +95,7 @@ async def _generate(
 
 async def stream(
     client: Client,
-    prompt: str | list[Message],
+    prompt: Prompt,
     options: GenerateOptions,
     *,
     timeout_s: float | None = None,
@@ -122,4 +123,4 @@ def read_prompt(prompt: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        return target.fail(f"PROMPT is not UTF-8: byte {error.start} of {len(data)} is wrong")
+        return fail(f"PROMPT is not UTF-8: byte {error.start} of {len(data)} is wrong")

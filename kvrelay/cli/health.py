@@ -2,18 +2,17 @@
 
 import typer
 
-from kvrelay.cli import target
-from kvrelay.client import Client
+from kvrelay.cli.target import ANSWER_WITHIN_S, Target, fail
 
 
-def health(address: str, service: str) -> None:
+def health(target: Target, service: str) -> None:
     """End with status 0 if `service` serves."""
-    target.run(address, _health(address, service))
+    target.run(_health(target, service))
 
 
-async def _health(address: str, service: str) -> None:
-    async with Client(address) as client:
-        is_serving = await client.is_serving(service, timeout_s=target.ANSWER_WITHIN_S)
+async def _health(target: Target, service: str) -> None:
+    async with target.connect() as client:
+        is_serving = await client.is_serving(service, timeout_s=ANSWER_WITHIN_S)
     if not is_serving:
-        target.fail(f"{address} does not serve {service or 'yet'}")
+        fail(f"{target.address} does not serve {service or 'yet'}")
     typer.echo("serving")

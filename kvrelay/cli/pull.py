@@ -1,31 +1,35 @@
 """`kvrelay pull`: a model, from wherever it is, into the store."""
 
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.progress import Progress as BarDisplay
 
+from kvrelay.cli.target import fail
 from kvrelay.errors import ServingError
 from kvrelay.store import pull as store
+from kvrelay.store.progress import Progress
 
 
 class Bars:
     """Progress for a terminal: one bar per stage."""
 
-    def __init__(self, bars: Progress) -> None:
+    def __init__(self, bars: BarDisplay) -> None:
         self._bars = bars
         self._task: TaskID | None = None
 
     def begin(self, stage: str, *, total_bytes: int) -> None:
+        self._bars.start()
         self._fill()
         self._task = self._bars.add_task(stage, total=total_bytes)
 
@@ -59,49 +63,37 @@ class Lines:
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
-def pull(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A known model (smollm2-135m-instruct), a .gguf file, "
-            "a Hugging Face directory, or a hub id ORG/NAME."
-        ),
-    ],
-    name: Annotated[str | None, typer.Option(help="What to call the model.")] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Pull again even if the model is already there.")
-    ] = False,
-) -> None:
+def pull(source: str, *, name: str | None, force: bool) -> None:
     """Fetch or convert a model so that `kvrelay up` can serve it."""
-    console = Console(stderr=True)
     try:
-        pulled = fetch(source, name=name, force=force, console=console)
+        with shown(Console(stderr=True)) as progress:
+            pulled = store.pull(source, name=name, force=force, progress=progress)
     except ServingError as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
+        fail(str(error))
     except OSError as error:
-        console.print(
-            f"error: {error.filename}: {error.strerror}; make room or rights there, "
-            "or set KVRELAY_CACHE_DIR to another place",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+        fail(
+            f"{error.filename}: {error.strerror}; make room or rights there, "
+            "or set KVRELAY_CACHE_DIR to another place"
         )
-        raise typer.Exit(1) from error
     state = "already there" if pulled.was_present else "ready"
     typer.echo(f"{pulled.name} is {state}: {pulled.path}")
 
 
-def fetch(source: str, *, name: str | None, force: bool, console: Console) -> store.Pulled:
-    """Pull, showing the progress on `console` as it can show it."""
+@contextmanager
+def shown(console: Console) -> Iterator[Progress]:
+    """Progress that `console` shows as it can; nothing appears where nothing is to be done."""
     if not console.is_terminal:
-        return store.pull(source, name=name, force=force, progress=Lines(console))
+        yield Lines(console)
+        return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=30),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bars:
-        return store.pull(source, name=name, force=force, progress=Bars(bars))
+    bars = BarDisplay(*columns, console=console)
+    try:
+        yield Bars(bars)
+    finally:
+        bars.stop()

@@ -9,18 +9,30 @@ from rich.text import Text
 from kvrelay.client import Member, Pool
 from kvrelay.obs.ledger import Ledger
 
+WIDE_COLUMNS = 132
+"""Width at which a row of the pool has room for everything."""
+
 _BAR_CELLS = 32
+_STAGE_CELLS = 20
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def ledger(ledger: Ledger) -> RenderableType:
-    """Where one request's time went, as bars that add up."""
-    parts: list[RenderableType] = [Text(_headline(ledger), style="bold")]
-    parts.append(_stages("time to first token", ledger.ttft_s, ledger.ttft_stages))
+    """Where one request's time went, as bars that add up. Fits 80 columns."""
+    stages = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    stages.add_column(width=_STAGE_CELLS)
+    stages.add_column(justify="right", width=10)
+    stages.add_column(width=_BAR_CELLS, style="cyan", no_wrap=True)
+    stages.add_column(justify="right", width=4)
+    _add_stages(stages, "time to first token", ledger.ttft_s, ledger.ttft_stages)
     if ledger.gap1_stages:
-        parts.append(_stages("gap to the second token", ledger.gap1_s, ledger.gap1_stages))
-    parts += [Text(line) for line in _facts(ledger)]
-    return Group(*parts)
+        _add_stages(stages, "gap to second token", ledger.gap1_s, ledger.gap1_stages)
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    facts.add_column(style="dim", width=_STAGE_CELLS)
+    facts.add_column(overflow="fold")
+    for name, fact in _facts(ledger):
+        facts.add_row(name, Text(fact))
+    return Group(Text(_headline(ledger), style="bold"), Text(), stages, Text(), facts)
 
 
 def _headline(ledger: Ledger) -> str:
@@ -28,16 +40,11 @@ def _headline(ledger: Ledger) -> str:
     return f"request {ledger.request_id}: {ledger.outcome}, {ledger.e2e_s:.3f} s{speed}"
 
 
-def _stages(title: str, total_s: float, stages: Mapping[str, float]) -> Table:
-    table = Table(title=f"{title}: {total_s * 1e3:.1f} ms", title_justify="left", box=None)
-    table.add_column("stage")
-    table.add_column("ms", justify="right")
-    table.add_column("", width=_BAR_CELLS, style="cyan", no_wrap=True)
-    table.add_column("", justify="right")
+def _add_stages(table: Table, title: str, total_s: float, stages: Mapping[str, float]) -> None:
+    table.add_row(title, f"{total_s * 1e3:.2f} ms", style="bold")
     for name, duration_s in stages.items():
         share = duration_s / total_s if total_s > 0 else 0.0
-        table.add_row(name, f"{duration_s * 1e3:.2f}", _bar(share), f"{share:.0%}")
-    return table
+        table.add_row(f"  {name}", f"{duration_s * 1e3:.2f} ms", _bar(share), f"{share:.0%}")
 
 
 def _bar(share: float) -> str:
@@ -45,23 +52,30 @@ def _bar(share: float) -> str:
     return _EIGHTHS[8] * full + (_EIGHTHS[eighths] if eighths else "")
 
 
-def _facts(ledger: Ledger) -> list[str]:
-    lines = [
-        f"tokens: {ledger.prompt_tokens} in ({ledger.cached_prompt_tokens} cached), "
-        f"{ledger.completion_tokens} out",
-        f"route: {_route(ledger)} ({ledger.route_reason})",
+def _facts(ledger: Ledger) -> list[tuple[str, str]]:
+    facts = [
+        (
+            "tokens",
+            f"{ledger.prompt_tokens} in ({ledger.cached_prompt_tokens} cached), "
+            f"{ledger.completion_tokens} out",
+        ),
+        ("route", _route(ledger)),
+        ("", ledger.route_reason),
     ]
     if ledger.transport:
-        lines.append(
-            f"handoff: {ledger.handoff_num_bytes / 1e6:.2f} MB by {ledger.transport}, "
-            f"{ledger.overlapped_num_bytes / 1e6:.2f} MB while prefilling"
+        facts.append(
+            (
+                "handoff",
+                f"{ledger.handoff_num_bytes / 1e6:.2f} MB by {ledger.transport}, "
+                f"{ledger.overlapped_num_bytes / 1e6:.2f} MB of it while prefilling",
+            )
         )
     if ledger.handoff_tax_s is not None:
-        lines.append(f"handoff tax: {ledger.handoff_tax_s * 1e3:.1f} ms")
+        facts.append(("handoff tax", f"{ledger.handoff_tax_s * 1e3:.1f} ms"))
     if ledger.lost_attempts:
         lost = ", ".join(ledger.lost_attempts)
-        lines.append(f"attempts: {ledger.attempts}; given up: {lost}")
-    return lines
+        facts.append(("attempts", f"{ledger.attempts}; given up: {lost}"))
+    return facts
 
 
 def _route(ledger: Ledger) -> str:
@@ -70,9 +84,9 @@ def _route(ledger: Ledger) -> str:
     return f"{ledger.prefill_worker} → {ledger.decode_worker}"
 
 
-def pool(pool: Pool) -> RenderableType:
-    """The coordinator and its workers."""
-    return Group(_coordinator(pool), _workers(pool))
+def pool(pool: Pool, *, is_wide: bool) -> RenderableType:
+    """The coordinator and its workers; without `is_wide` what fits 80 columns."""
+    return Group(_coordinator(pool), Text(), _workers(pool, is_wide=is_wide))
 
 
 def _coordinator(pool: Pool) -> Text:
@@ -84,15 +98,17 @@ def _coordinator(pool: Pool) -> Text:
     )
 
 
-def _workers(pool: Pool) -> Table:
-    table = Table(box=None, header_style="bold")
-    for name in ("worker", "role", "pid", "address", "epoch"):
+def _workers(pool: Pool, *, is_wide: bool) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for name in ("worker", "role"):
         table.add_column(name, no_wrap=True)
-    for name in ("free", "cached", "held", "waiting", "queued", "running", "handoffs", "age"):
-        table.add_column(name, justify="right")
-    table.add_column("transports")
+    for name in ("free", "cached", "held", "queued", "wait", "run", "handoffs", "age"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("pid", "address", "epoch", "transports") if is_wide else ():
+        table.add_column(name, no_wrap=True)
     for member in pool.members:
-        table.add_row(*_row(member), style="dim" if member.load.is_draining else None)
+        row = _row(member) + (_details(member) if is_wide else ())
+        table.add_row(*row, style="dim" if member.load.is_draining else None)
     return table
 
 
@@ -102,21 +118,22 @@ def _row(member: Member) -> tuple[str, ...]:
         load.free_blocks,
         load.cached_blocks,
         load.held_blocks,
-        load.waiting_sequences,
         load.queued_prompt_tokens,
+        load.waiting_sequences,
         load.running_sequences,
         load.handoffs_total,
     )
     return (
         who.worker_id,
-        f"{who.role.value}{' (draining)' if load.is_draining else ''}",
-        str(who.pid),
-        who.address,
-        who.epoch[:8],
+        "drains" if load.is_draining else who.role.value,
         *(str(number) for number in numbers),
-        f"{member.load_age_ms} ms",
-        ", ".join(offer.name for offer in who.offers),
+        f"{member.load_age_ms / 1e3:.1f} s",
     )
+
+
+def _details(member: Member) -> tuple[str, ...]:
+    who = member.identity
+    return (str(who.pid), who.address, who.epoch[:8], ", ".join(o.name for o in who.offers))
 
 
 def pool_json(pool: Pool) -> dict[str, object]:

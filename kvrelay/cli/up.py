@@ -5,18 +5,19 @@ import os
 import random
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import typer
 from rich.console import Console
 from rich.status import Status
 
-from kvrelay.cli import model as models
-from kvrelay.cli import target
+from kvrelay.cli.pull import shown
+from kvrelay.cli.target import INTERRUPTED, fail
 from kvrelay.clock import MonotonicClock
 from kvrelay.errors import ServingError
 from kvrelay.store.manifest import cache_dir
+from kvrelay.store.pull import ensure
 from kvrelay.supervise import logs
 from kvrelay.supervise.deployment import Deployment, PortTaken
 from kvrelay.supervise.keeper import Event, ProcessFailed
@@ -25,54 +26,37 @@ from kvrelay.supervise.topology import Topology, threads_of_each
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What was asked for. None means: the default, of ours or of the service."""
-
-    model: str
-    num_prefill: int = 1
-    num_decode: int = 1
-    num_threads: int | None = None
-    transport: str = "auto"
-    disaggregate: str = "auto"
-    dtype: str | None = None
-    block_size: int | None = None
-    num_blocks: int | None = None
-    drain_s: float = 30.0
-
-    def topology(self, model: Path) -> Topology:
-        """The processes of it, serving the model in that directory."""
-        num_cores = len(os.sched_getaffinity(0))
-        shared_out = threads_of_each(num_cores, self.num_prefill + self.num_decode)
-        return Topology(
-            model=model,
-            num_prefill=self.num_prefill,
-            num_decode=self.num_decode,
-            num_threads=self.num_threads or shared_out,
-            transport=self.transport,
-            disaggregate=self.disaggregate,
-            dtype=self.dtype,
-            block_size=self.block_size,
-            num_blocks=self.num_blocks,
-            drain_s=self.drain_s,
-        )
-
-
 def up(
-    wanted: Wanted, *, grpc_port: int, http_port: int, log_dir: Path | None, is_verbose: bool
+    topology: Topology, *, grpc_port: int, http_port: int, log_dir: Path | None, is_verbose: bool
 ) -> None:
     """Serve in the foreground; ends the command with its exit status."""
     screen = Screen(Console(stderr=True, highlight=False), is_verbose=is_verbose)
     try:
-        topology = wanted.topology(models.ensure(wanted.model, console=screen.console))
+        topology = with_model(topology, screen.console)
         run = _up(topology, grpc_port, http_port, make_log_dir(log_dir), screen)
         raise typer.Exit(asyncio.run(run))
     except (ServingError, PortTaken) as error:
-        target.fail(str(error))
+        fail(str(error))
     except OSError as error:
-        target.fail(f"{error.filename}: {error.strerror}")
+        fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
-        raise typer.Exit(target.INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def with_model(topology: Topology, console: Console) -> Topology:
+    """The same topology, its model being a directory; fetched or converted first if need be.
+
+    Raises:
+        ModelInvalid: there is no such model, or it is damaged.
+        PeerUnavailable: it could not be downloaded.
+    """
+    with shown(console) as progress:
+        return replace(topology, model=str(ensure(topology.model, progress)))
+
+
+def share_of_cores(num_workers: int) -> int:
+    """Threads of each worker on this machine."""
+    return threads_of_each(len(os.sched_getaffinity(0)), num_workers)
 
 
 def make_log_dir(chosen: Path | None) -> Path:
@@ -165,7 +149,7 @@ async def _up(
     screen.begin(topology)
     failure: ProcessFailed | None = None
     try:
-        await _serve_until(stopped, deployment, screen)
+        await _serve_until(stopped, deployment, screen, log_dir)
     except ProcessFailed as error:
         failure = error
     finally:
@@ -179,7 +163,9 @@ async def _up(
     return 0 if is_clean and failure is None else 1
 
 
-async def _serve_until(stopped: asyncio.Event, deployment: Deployment, screen: Screen) -> None:
+async def _serve_until(
+    stopped: asyncio.Event, deployment: Deployment, screen: Screen, log_dir: Path
+) -> None:
     """Start and announce the deployment; returns when asked to stop, be it ready or not."""
     starting = asyncio.create_task(deployment.start())
     stopping = asyncio.create_task(stopped.wait())
@@ -189,6 +175,8 @@ async def _serve_until(stopped: asyncio.Event, deployment: Deployment, screen: S
             ready = starting.result()
             screen.settle()
             print(ready, flush=True)
+            if screen.console.is_terminal:
+                screen.say(f"Ctrl-C drains and ends it; logs: {log_dir}")
             await stopping
     finally:
         for task in (starting, stopping):

@@ -24,7 +24,7 @@ from kvrelay.engine.sequence import State
 from kvrelay.engine.timing import StepMeter, Stopwatch
 from kvrelay.errors import Draining
 from kvrelay.kv.block_pool import BlockCounts
-from kvrelay.types import BlockId
+from kvrelay.types import BlockId, WorkerLoad
 
 log = structlog.get_logger(__name__)
 
@@ -35,16 +35,30 @@ class EngineLoad:
 
     blocks: BlockCounts
     waiting: int
-    landing: int
     running: int
-    held: int
     queued_prompt_tokens: int
     prefill_tokens_per_s: float
     step_s: float
     preemptions_total: int
-    steps_total: int
-    unknown_releases_total: int
-    """Releases of sequences that were gone already. Normal after a finish; never many."""
+
+    def worker_load(
+        self, *, handoff_holds: int, handoffs_total: int, is_draining: bool
+    ) -> WorkerLoad:
+        """What a worker tells its pool, given what only its service knows."""
+        return WorkerLoad(
+            free_blocks=self.blocks.free,
+            cached_blocks=self.blocks.cached,
+            held_blocks=self.blocks.held,
+            waiting_sequences=self.waiting,
+            running_sequences=self.running,
+            handoff_holds=handoff_holds,
+            queued_prompt_tokens=self.queued_prompt_tokens,
+            prefill_tokens_per_s=self.prefill_tokens_per_s,
+            step_s=self.step_s,
+            handoffs_total=handoffs_total,
+            preemptions_total=self.preemptions_total,
+            is_draining=is_draining,
+        )
 
 
 class Engine:
@@ -73,8 +87,6 @@ class Engine:
         self._changed = threading.Condition()
         self._stopwatch = Stopwatch()
         self._meter = StepMeter()
-        self._steps_total = 0
-        self._unknown_releases_total = 0
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -129,14 +141,13 @@ class Engine:
         self._tell(StepResult(emitted=(done,), granted=granted))
 
     def release(self, seq_id: str) -> None:
-        """Forget a sequence in whatever state; an unknown one is only counted.
+        """Forget a sequence in whatever state; an unknown one has left before.
 
         Its blocks are given back at once, or when the step ends that it is part of. The
         caller promises that nobody still writes to the blocks of a landing sequence.
         """
         with self._changed:
             if not self._scheduler.release(seq_id):
-                self._unknown_releases_total += 1
                 return
             granted = self._finished(seq_id)
         self._tell(StepResult(granted=granted))
@@ -147,15 +158,11 @@ class Engine:
             return EngineLoad(
                 blocks=scheduler.pool.counts,
                 waiting=scheduler.count(State.WAITING),
-                landing=scheduler.count(State.LANDING),
                 running=scheduler.count(State.RUNNING),
-                held=scheduler.count(State.HELD),
                 queued_prompt_tokens=scheduler.queued_prompt_tokens,
                 prefill_tokens_per_s=self._meter.prefill_tokens_per_s,
                 step_s=self._meter.step_s,
                 preemptions_total=scheduler.num_preemptions,
-                steps_total=self._steps_total,
-                unknown_releases_total=self._unknown_releases_total,
             )
 
     def generation(self, block: BlockId) -> int:
@@ -206,7 +213,6 @@ class Engine:
     def _commit(
         self, plan: StepPlan, sampled: Sequence[int | None], started_s: float, ended_s: float
     ) -> StepResult:
-        self._steps_total += 1
         self._meter.record(plan.rows, ended_s - started_s)
         self._stopwatch.begin_step((seq.seq_id for seq in plan.sequences), started_s)
         outcome = self._scheduler.commit(sampled)

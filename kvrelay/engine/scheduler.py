@@ -26,17 +26,17 @@ from kvrelay.types import BlockId
 class StepLimits:
     """What bounds one step, and the line before it."""
 
-    budget_tokens: int = 512
+    budget_tokens: int
     """Most rows in one step. Larger raises throughput, and the gap between tokens of
     whoever decodes beside a long prompt."""
 
-    max_chunk_tokens: int = 512
+    max_chunk_tokens: int
     """Most rows of one sequence in one step."""
 
-    max_sequences: int = 32
+    max_sequences: int
     """Most sequences in one step."""
 
-    max_waiting: int = 1024
+    max_waiting: int
     """Sequences waiting for blocks before new ones are refused with QUEUE_FULL. Preempted
     ones, at most `max_sequences`, come on top."""
 

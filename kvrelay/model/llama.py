@@ -5,12 +5,15 @@ of the weights' dtype. Where KV lives, and which rows see which, is `Attend`'s b
 serving and the reference share every line here.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch.nn import functional
 
 from kvrelay.model import layers
+from kvrelay.model.linear import Linear
 from kvrelay.model.spec import ModelSpec
 from kvrelay.model.weights import LayerWeights, Weights
 
@@ -32,16 +35,48 @@ class Attend(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One layer's weights, ready to compute with."""
+
+    input_norm: torch.Tensor  # [hidden_size]
+    qkv: Linear
+    q_norm: torch.Tensor | None  # [head_dim]
+    k_norm: torch.Tensor | None
+    out: Linear
+    post_norm: torch.Tensor  # [hidden_size]
+    gate_up: Linear
+    down: Linear
+
+
 class Llama:
-    """Weights and what follows from the spec, without state."""
+    """Weights and what follows from the spec, without state.
+
+    `weights` may be dropped afterwards: the matrices are kept as the CPU likes them.
+    """
 
     def __init__(self, spec: ModelSpec, weights: Weights, *, num_positions: int) -> None:
         assert len(weights.layers) == spec.num_layers
         self.spec = spec
-        self.weights = weights
+        self._embed = weights.embed
+        self._layers = tuple(_layer(layer) for layer in weights.layers)
+        self._norm = weights.norm
+        self._head = Linear(weights.head)
         self._rope = layers.rope_table(
             spec.rope, head_dim=spec.head_dim, num_positions=num_positions
         )
+
+    @property
+    def products(self) -> Mapping[str, Linear]:
+        """One of each kind: those of the first layer, and the head."""
+        layer = self._layers[0]
+        return {
+            "qkv": layer.qkv,
+            "out": layer.out,
+            "gate_up": layer.gate_up,
+            "down": layer.down,
+            "head": self._head,
+        }
 
     def hidden(
         self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend
@@ -57,26 +92,26 @@ class Llama:
             [num_rows, hidden_size], float32, before the last norm.
         """
         cos, sin = self._rope.index_select(0, positions).unsqueeze(2).unbind(1)
-        x = functional.embedding(token_ids, self.weights.embed).float()
-        for index, layer in enumerate(self.weights.layers):
+        x = functional.embedding(token_ids, self._embed).float()
+        for index, layer in enumerate(self._layers):
             q, kv = self._qkv(layer, x, cos, sin)
             seen = attend(index, q, kv).flatten(1).to(layer.out.dtype)
-            x = x + functional.linear(seen, layer.out, layer.out_bias)
+            x = x + layer.out(seen)
             x = x + self._mlp(layer, x)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows, vocab_size], float32, of rows that `hidden` returned, padded like its."""
-        x = layers.rms_norm(hidden, self.weights.norm, self.spec.rms_norm_eps)
-        return functional.linear(x.to(self.weights.head.dtype), self.weights.head).float()
+        x = layers.rms_norm(hidden, self._norm, self.spec.rms_norm_eps)
+        return self._head(x.to(self._head.dtype)).float()
 
     def _qkv(
-        self, layer: LayerWeights, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self, layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         spec = self.spec
         num_q, num_kv = spec.num_heads, spec.num_kv_heads
         x = layers.rms_norm(x, layer.input_norm, spec.rms_norm_eps).to(layer.qkv.dtype)
-        qkv = functional.linear(x, layer.qkv, layer.qkv_bias)
+        qkv = layer.qkv(x)
         qkv = qkv.view(len(x), num_q + 2 * num_kv, spec.head_dim)
         qk = qkv[:, : num_q + num_kv].float()
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -88,7 +123,19 @@ class Llama:
         q = qk[:, :num_q] * spec.head_dim**-0.5
         return q, kv.view(len(x), 2, num_kv, spec.head_dim)
 
-    def _mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+    def _mlp(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
         x = layers.rms_norm(x, layer.post_norm, self.spec.rms_norm_eps).to(layer.down.dtype)
-        inner = layers.swiglu(functional.linear(x, layer.gate_up, layer.gate_up_bias))
-        return functional.linear(inner, layer.down, layer.down_bias)
+        return layer.down(layers.swiglu(layer.gate_up(x)))
+
+
+def _layer(weights: LayerWeights) -> Layer:
+    return Layer(
+        input_norm=weights.input_norm,
+        qkv=Linear(weights.qkv, weights.qkv_bias),
+        q_norm=weights.q_norm,
+        k_norm=weights.k_norm,
+        out=Linear(weights.out, weights.out_bias),
+        post_norm=weights.post_norm,
+        gate_up=Linear(weights.gate_up, weights.gate_up_bias),
+        down=Linear(weights.down, weights.down_bias),
+    )

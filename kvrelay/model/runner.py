@@ -29,6 +29,7 @@ from kvrelay.model.attention import (
     slots_of,
 )
 from kvrelay.model.llama import Llama
+from kvrelay.model.rows import rows_vary
 from kvrelay.model.sampler import sample
 from kvrelay.model.spec import ModelSpec, read_spec
 from kvrelay.model.weights import Weights, load_weights
@@ -112,6 +113,18 @@ class LlamaRunner:
         if num_rows > 0:
             self.step([_rows(engine_batch.Path.PROMPT, (0,) * num_rows, 0, table, params)])
         self.step([_rows(engine_batch.Path.GENERATION, (0,), num_rows, table, params)])
+
+    @torch.inference_mode()
+    def prove_rows(self) -> tuple[str, ...]:
+        """The products in which a row's bits depend on its company here; none, as a rule.
+
+        Where there is one, `numerics` says so: this worker's tokens may depend on its load, and
+        it is nobody's peer whose tokens do not.
+        """
+        products = self._model.products
+        varying = tuple(name for name, product in products.items() if rows_vary(product))
+        self.numerics = numerics_name(self.layout.dtype, rows_vary=bool(varying))
+        return varying
 
     def _logits(self, batch: Sequence[Rows], indexes: Sequence[int]) -> torch.Tensor:
         """Float32 logits of the last row of each of `indexes`, its KV and all others' written."""
@@ -240,9 +253,12 @@ def layout_of(spec: ModelSpec, *, dtype: str, block_size: int) -> KvLayout:
     )
 
 
-def numerics_name(dtype: str) -> str:
-    """Names the numeric paths of this runner: equal names and inputs, equal bits."""
-    return f"cpu-{dtype}-v{NUMERICS_VERSION}"
+def numerics_name(dtype: str, *, rows_vary: bool = False) -> str:
+    """Names the numeric paths of this runner: equal names and inputs, equal bits.
+
+    Unless rows vary: then only near, and the name makes no secret of it.
+    """
+    return f"cpu-{dtype}-v{NUMERICS_VERSION}" + ("-rows-vary" if rows_vary else "")
 
 
 def _rows(

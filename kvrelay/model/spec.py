@@ -88,10 +88,6 @@ class ModelSpec:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
 
-    @property
-    def qkv_size(self) -> int:
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
 
 def read_spec(model_dir: str | Path) -> ModelSpec:
     """Read and check `config.json`.

@@ -28,7 +28,7 @@ class LayerWeights:
     """Matrices are [out, in] of the model's dtype; norms float32."""
 
     input_norm: torch.Tensor  # [hidden_size]
-    qkv: torch.Tensor  # [qkv_size, hidden_size]
+    qkv: torch.Tensor  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden_size]
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None  # [head_dim]
     k_norm: torch.Tensor | None

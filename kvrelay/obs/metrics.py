@@ -159,13 +159,22 @@ class WorkerMetrics:
         self.hold_expirations = new.counter(
             "engine_hold_expirations", "Holds that a timer ended.", "role"
         ).labels(**label)
-        self.pulled_bytes = new.counter(
+        self._pulled_bytes = new.counter(
             "engine_pulled_bytes", "KV bytes that landed here.", "role"
         ).labels(**label)
+        self._pull = new.histogram(
+            "engine_pull_seconds", "Duration of a pull of announced blocks.",
+            STAGE_BUCKETS_S, "role",
+        ).labels(**label)  # fmt: skip
         self.kv_corrupt = new.counter(
             "engine_kv_corrupt", "Handoffs whose bytes were not those announced.", "role"
         ).labels(**label)
         self._seen = WorkerLoad()
+
+    def observe_pull(self, *, num_bytes: int, elapsed_s: float) -> None:
+        """Count bytes that landed; the two sums' growth over time is the handoffs' bandwidth."""
+        self._pulled_bytes.inc(num_bytes)
+        self._pull.observe(elapsed_s)
 
     def observe_load(self, load: WorkerLoad) -> None:
         """Show what the worker tells the pool; its `_total`s become the counters' growth."""

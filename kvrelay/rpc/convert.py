@@ -4,9 +4,11 @@ import math
 import re
 
 from kvrelay.config import split_address
-from kvrelay.errors import InvalidRequest
+from kvrelay.errors import InvalidRequest, ServingError
 from kvrelay.kv.layout import DTYPE_NUM_BYTES, KvLayout
 from kvrelay.obs.ledger import Ledger
+from kvrelay.rpc import status
+from kvrelay.rpc.session import Attempt
 from kvrelay.types import (
     Fingerprint,
     FinishReason,
@@ -35,6 +37,16 @@ _FINISH_TO_WIRE = {
     FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
 }
 _FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
+
+
+def header_to_wire(worker_id: str, epoch: str) -> common_pb2.ResponseHeader:
+    return common_pb2.ResponseHeader(worker_id=worker_id, epoch=epoch)
+
+
+def failed_to_wire(attempt: Attempt, failure: ServingError) -> common_pb2.FailedAttempt:
+    return common_pb2.FailedAttempt(
+        request_id=attempt.request_id, attempt=attempt.number, failure=status.to_failure(failure)
+    )
 
 
 def finish_to_wire(reason: FinishReason | None) -> "common_pb2.FinishReason.ValueType":

@@ -31,16 +31,23 @@ class Pulled:
     was_present: bool
 
 
-def ensure(name: str, progress: Progress | None = None) -> Path:
-    """The directory of the known model `name`, pulled first if it is not there.
+def ensure(model: str, progress: Progress | None = None) -> Path:
+    """The directory of a model that is to be served: a name, a directory or a GGUF file.
+
+    A known model that is not here yet is fetched, and a GGUF file converted, once.
 
     Raises:
-        ModelInvalid: no model is known by that name, or what came is damaged.
+        ModelInvalid: there is no such model, or it is damaged.
         PeerUnavailable: it could not be downloaded.
     """
-    if name not in KNOWN_MODELS:
-        raise ModelInvalid(name, f"not a known model; have {', '.join(KNOWN_MODELS)}")
-    return pull(name, progress=progress).path
+    is_missing = model in KNOWN_MODELS and not (models_dir() / model).is_dir()
+    if is_missing or _is_gguf(Path(model).expanduser()):
+        return pull(model, progress=progress).path
+    return manifest.resolve_model(model)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def pull(
@@ -64,8 +71,11 @@ def pull(
     target = models_dir() / name
     with install.locked(models_dir(), name, progress=progress):
         if not force and _is_sound(target, progress=progress):
-            _refuse_other_source(target, origin)
-            return Pulled(target, name, was_present=True)
+            had = manifest.read_json(target / manifest.MANIFEST).get("source", {})
+            _refuse_other_source(target, had, origin)
+            if not origin.has_changed_since(had):
+                return Pulled(target, name, was_present=True)
+            progress.note(f"{source} has changed; converting it again")
         with install.replacing(target) as fresh:
             files, described = origin.write_to(fresh, progress=progress)
             manifest.write_manifest(fresh, name=name, source=described, files=files)
@@ -121,6 +131,14 @@ class _Origin:
             return {"kind": "dir" if self.path.is_dir() else "gguf", "path": str(self.path)}
         return {"kind": "hub", "repo_id": self.hub_id}
 
+    def has_changed_since(self, described: Mapping[str, Any]) -> bool:
+        """Whether a GGUF file is another than the one that was converted."""
+        return "mtime_ns" in described and self._mtime_ns() != described["mtime_ns"]
+
+    def _mtime_ns(self) -> int | None:
+        is_file = self.path is not None and self.path.is_file()
+        return self.path.stat().st_mtime_ns if self.path is not None and is_file else None
+
     def write_to(
         self, fresh: Path, *, progress: Progress
     ) -> tuple[list[ModelFile], Mapping[str, Any]]:
@@ -129,6 +147,7 @@ class _Origin:
         if self.path is not None:
             if self.path.is_dir():
                 return hf_dir.import_dir(self.path, fresh, progress=progress), described
+            described["mtime_ns"] = self._mtime_ns()  # before it is read
             return gguf_model.convert(self.path, fresh, progress=progress), described
         # Beside the target, so that nothing large crosses from one file system to another.
         with tempfile.TemporaryDirectory(prefix=f"{fresh.name}-", dir=fresh.parent) as work:
@@ -156,13 +175,12 @@ def _is_sound(target: Path, *, progress: Progress) -> bool:
     return True
 
 
-def _refuse_other_source(target: Path, origin: _Origin) -> None:
+def _refuse_other_source(target: Path, had: Mapping[str, Any], origin: _Origin) -> None:
     """A name means one model: silence would serve the old one under the new one's name."""
-    had = manifest.read_json(target / manifest.MANIFEST).get("source", {})
     wanted = origin.describe()
     if {key: had.get(key) for key in wanted} != wanted:
         raise ModelInvalid(
             target,
-            f"already holds another model ({had.get('kind')}); "
-            "choose --name, or replace it with --force",
+            f"already holds another model ({had.get('kind')}); choose another name "
+            f"(kvrelay pull {origin.text} --name NAME), or replace it with --force",
         )

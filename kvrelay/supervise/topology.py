@@ -4,14 +4,15 @@ Pure: the services' settings are the interface, nothing of them is imported.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
     """One coordinator and two pools on this machine. None means: the service's default."""
 
-    model: Path
+    model: str
+    """Name or directory, as the services take it."""
+
     num_prefill: int = 1
     num_decode: int = 1
     num_threads: int = 1
@@ -27,7 +28,7 @@ class Topology:
     def coordinator(self, *, listen: str, http_listen: str) -> tuple[str, ...]:
         """Arguments to Python that start the coordinator."""
         return (
-            *("-m", "coordinator", "--model", str(self.model)),
+            *("-m", "coordinator", "--model", self.model),
             *("--listen", listen, "--http-listen", http_listen),
             *("--disaggregate", self.disaggregate),
             *("--expect-prefill", str(self.num_prefill)),
@@ -43,7 +44,7 @@ class Topology:
             "--num-blocks": self.num_blocks,
         }
         return (
-            *("-m", f"{role}_svc", "--model", str(self.model), "--coordinator", coordinator),
+            *("-m", f"{role}_svc", "--model", self.model, "--coordinator", coordinator),
             *("--worker-id", f"{role}-{index}", "--listen", "127.0.0.1:0"),
             *("--threads", str(self.num_threads), "--transport", self.transport),
             *("--drain-s", str(self.drain_s)),

@@ -1,8 +1,9 @@
 """Which transports a worker runs, by the name of the setting."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Literal
 
+from kvrelay.clock import Clock
 from kvrelay.config import TlsFiles
 from kvrelay.errors import Incompatible
 from kvrelay.transfer.base import KvTransport
@@ -14,7 +15,7 @@ TransportChoice = Literal["auto", "shm", "stream"]
 
 
 def build_transports(
-    choice: TransportChoice, *, worker_id: str, epoch: str, tls: TlsFiles | None = None
+    choice: TransportChoice, *, worker_id: str, epoch: str, tls: TlsFiles | None, clock: Clock
 ) -> tuple[KvTransport, ...]:
     """The transports of one worker, unregistered, the preferred one first.
 
@@ -23,14 +24,14 @@ def build_transports(
     """
     transports: list[KvTransport] = []
     if choice in ("auto", "shm"):
-        transports.append(ShmTransport(worker_id=worker_id, epoch=epoch))
+        transports.append(ShmTransport(worker_id=worker_id, epoch=epoch, clock=clock))
     if choice in ("auto", "stream"):
-        transports.append(StreamTransport(worker_id=worker_id, tls=tls))
+        transports.append(StreamTransport(worker_id=worker_id, tls=tls, clock=clock))
     assert transports, choice
     return tuple(transports)
 
 
-def transport_for(transports: Iterable[KvTransport], offer: TransportOffer) -> KvTransport:
+def transport_for(transports: Sequence[KvTransport], offer: TransportOffer) -> KvTransport:
     """The one of ours that pulls by `offer`.
 
     Raises:
@@ -39,4 +40,5 @@ def transport_for(transports: Iterable[KvTransport], offer: TransportOffer) -> K
     for transport in transports:
         if transport.can_pull(offer):
             return transport
-    raise Incompatible(f"no transport here pulls by {offer.name}", offer=offer.name)
+    have = ", ".join(transport.name for transport in transports)
+    raise Incompatible(f"cannot pull by {offer.name}, have {have}", offered=offer.name)

@@ -7,10 +7,16 @@ prompt are refused too. Neither is a defence against a peer that lies: peers are
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
+
+from kvrelay.types import BlockId
+
+if TYPE_CHECKING:
+    from kvrelay.kv.cache import KvCache
 
 HANDOFF_DIGEST_NUM_BYTES = 16
 
@@ -20,6 +26,11 @@ _PERSON = b"kvrelay-handoff1"
 def block_digest(view: memoryview) -> int:
     """64 bits of a block's bytes. Lets other threads run meanwhile."""
     return xxhash.xxh3_64_intdigest(view)
+
+
+def block_digests(cache: "KvCache", blocks: Iterable[BlockId]) -> list[int]:
+    """Of blocks as they lie in `cache` now. For a thread: it reads every byte."""
+    return [block_digest(cache.block_bytes(block)) for block in blocks]
 
 
 def handoff_digest(

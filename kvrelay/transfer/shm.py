@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvrelay.clock import Clock, MonotonicClock
+from kvrelay.clock import Clock
 from kvrelay.errors import KvCorrupt, PeerUnavailable
 from kvrelay.kv.cache import KvCache
 from kvrelay.transfer import manifest
@@ -66,15 +66,15 @@ class ShmTransport:
         *,
         worker_id: str,
         epoch: str,
+        clock: Clock,
         max_peers: int = 64,
         connect_timeout_s: float = 2.0,
-        clock: Clock | None = None,
     ) -> None:
         self._worker_id = worker_id
         self._epoch = epoch
         self._max_peers = max_peers
         self._connect_timeout_s = connect_timeout_s
-        self._clock = clock or MonotonicClock()
+        self._clock = clock
         self._host = host_identity()
         self._registered: _Registered | None = None
         self._stops: set[threading.Event] = set()

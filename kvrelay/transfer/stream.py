@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import grpc
 
-from kvrelay.clock import Clock, MonotonicClock
+from kvrelay.clock import Clock
 from kvrelay.config import TlsFiles
 from kvrelay.errors import (
     Cancelled,
@@ -50,13 +50,13 @@ class StreamTransport:
         self,
         *,
         worker_id: str,
+        clock: Clock,
         tls: TlsFiles | None = None,
         max_channels: int = 64,
-        clock: Clock | None = None,
     ) -> None:
         self._worker_id = worker_id
         self._channels = Channels(tls=tls, max_idle=max_channels)
-        self._clock = clock or MonotonicClock()
+        self._clock = clock
         self._cache: KvCache | None = None
         self._is_closed = False
 

@@ -31,8 +31,8 @@ ONLY_IN = {
     "kvrelay.v1": (
         *("kvrelay/rpc/*", "kvrelay/transfer/stream.py", "kvrelay/client.py"),
         *("*/service.py", "*/convert.py", "*/workers.py", "*/__main__.py"),
-        # The two ends of a handoff: they speak its stream, and nothing else does.
-        *("prefill_svc/handoff.py", "decode_svc/holder.py"),
+        # The puller's end of a handoff.
+        "decode_svc/holder.py",
     ),
 }
 

@@ -53,6 +53,7 @@ WORKER_METRICS = {
     ("kvrelay_engine_preemptions_total", "counter", ("role",)),
     ("kvrelay_engine_hold_expirations_total", "counter", ("role",)),
     ("kvrelay_engine_pulled_bytes_total", "counter", ("role",)),
+    ("kvrelay_engine_pull_seconds", "histogram", ("role",)),
     ("kvrelay_engine_kv_corrupt_total", "counter", ("role",)),
 }
 

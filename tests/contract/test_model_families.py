@@ -12,6 +12,9 @@ from kvrelay.kv.cache import TORCH_DTYPES
 from kvrelay.model.runner import load_runner
 from kvrelay.model.spec import read_spec
 from kvrelay.model.weights import load_weights
+from kvrelay.store import gguf_model
+from kvrelay.store.progress import Silent
+from tests.support import tiny_gguf
 from tests.support.tiny_model import generated, prompt, runner_of, table, tokens
 
 SIZES: dict[str, Any] = {
@@ -117,25 +120,32 @@ def run(batch: Rows, model_dir: Path, dtype: str) -> torch.Tensor:
     return logits
 
 
-def test_float32_logits_and_tokens_are_those_of_transformers(
-    theirs: transformers.PreTrainedModel, model_dir: Path
+def assert_same_logits_and_tokens(
+    model: transformers.PreTrainedModel, model_dir: Path, ids: tuple[int, ...]
 ) -> None:
-    """Logits of the prompt's last row, then 32 greedy tokens through the generation path."""
+    """Logits of the prompt's last row, then greedy tokens through the generation path."""
     runner, cache, layout = load_runner(
         model_dir, dtype="float32", block_size=16, num_blocks=12, num_threads=1, shareable=False
     )
     assert layout == cache.layout
     blocks = table(0, 12)
-    (ours,) = runner.step_logits([prompt(PROMPT, 0, blocks)])
-    torch.testing.assert_close(ours, their_logits(theirs, list(PROMPT))[-1], atol=1e-4, rtol=1e-4)
-    output = runner.step([prompt(PROMPT, 0, blocks)])
+    (ours,) = runner.step_logits([prompt(ids, 0, blocks)])
+    torch.testing.assert_close(ours, their_logits(model, list(ids))[-1], atol=1e-4, rtol=1e-4)
+    output = runner.step([prompt(ids, 0, blocks)])
     while len(output) < NUM_OUTPUT:
         last = output[-1]
         assert last is not None
-        output += runner.step([generated([last], len(PROMPT) + len(output) - 1, blocks)])
+        output += runner.step([generated([last], len(ids) + len(output) - 1, blocks)])
     cache.close()
-    teacher = their_logits(theirs, [*PROMPT, *[token for token in output if token is not None]])
-    assert output == teacher[len(PROMPT) - 1 : -1].argmax(-1).tolist()
+    teacher = their_logits(model, [*ids, *[token for token in output if token is not None]])
+    assert output == teacher[len(ids) - 1 : -1].argmax(-1).tolist()
+
+
+def test_float32_logits_and_tokens_are_those_of_transformers(
+    theirs: transformers.PreTrainedModel, model_dir: Path
+) -> None:
+    """Logits of the prompt's last row, then 32 greedy tokens through the generation path."""
+    assert_same_logits_and_tokens(theirs, model_dir, PROMPT)
 
 
 def test_bfloat16_logits_are_near(theirs: transformers.PreTrainedModel, model_dir: Path) -> None:
@@ -164,3 +174,46 @@ def test_a_sharded_checkpoint_is_the_same_model(
     with runner_of(spec, whole) as (a, _), runner_of(spec, shards) as (b, _):
         rows = [prompt(PROMPT, 0, table(0, 12))]
         assert torch.equal(a.step_logits(rows), b.step_logits(rows))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_a_converted_gguf_file_computes_what_transformers_computes(
+    tmp_path: Path, arch: str
+) -> None:
+    """Written from a model of `transformers`, converted as `kvrelay pull` does, and run."""
+    theirs = gguf_twin(arch)
+    weights = {name: values.numpy() for name, values in theirs.state_dict().items()}
+    weights.pop("lm_head.weight")
+    source = tiny_gguf.write_gguf(tmp_path / "m.gguf", arch, weights=weights)
+    gguf_model.convert(source, tmp_path, progress=Silent())
+
+    assert_same_logits_and_tokens(theirs, tmp_path, tokens(2, 40, len(tiny_gguf.TOKENS)))
+
+
+def gguf_twin(arch: str) -> transformers.PreTrainedModel:
+    """A tied model of the size of `tiny_gguf`, of weights that bfloat16 holds exactly."""
+    family = {
+        "llama": transformers.LlamaConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }[arch]
+    config = family(
+        hidden_size=tiny_gguf.HIDDEN,
+        intermediate_size=tiny_gguf.INNER,
+        num_hidden_layers=tiny_gguf.NUM_LAYERS,
+        num_attention_heads=tiny_gguf.NUM_HEADS,
+        num_key_value_heads=tiny_gguf.NUM_KV_HEADS,
+        head_dim=tiny_gguf.HEAD_DIM,
+        vocab_size=len(tiny_gguf.TOKENS),
+        max_position_embeddings=tiny_gguf.CONTEXT_TOKENS,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    stored = {name: torch.from_numpy(v) for name, v in tiny_gguf.random_weights(arch).items()}
+    missing, spare = model.load_state_dict(stored, strict=False)
+    assert not spare
+    assert set(missing) <= {"lm_head.weight"}
+    return model

@@ -49,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             body, status = json.dumps(tree).encode(), 200
         elif self.path.startswith("/api/models/org/tiny"):
-            siblings = [{"rfilename": name} for name in files]
+            siblings = [{"rfilename": name, "size": len(b)} for name, b in files.items()]
             info = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings}
             body, status = json.dumps(info).encode(), 200
         elif self.path.removeprefix(prefix) in files:
@@ -91,7 +91,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def test_a_hub_model_is_pulled_at_one_commit() -> None:
     """The manifest says which; pickles and code are not even asked for."""
-    pulled = pull("org/tiny")
+    progress = tiny_gguf.Recorder()
+    pulled = pull("org/tiny", progress=progress)
     assert pulled.path == models_dir() / "tiny"
     names = {file.name for file in read_model_dir(pulled.path).files}
     assert "model.safetensors" in names
@@ -99,6 +100,8 @@ def test_a_hub_model_is_pulled_at_one_commit() -> None:
     source = read_json(pulled.path / "manifest.json")["source"]
     assert source == {"kind": "hub", "repo_id": "org/tiny", "commit": COMMIT}
     assert pull("org/tiny").was_present
+    assert progress.stages[0] == "downloading"
+    assert progress.done_bytes[0] == progress.totals_bytes[0] > 0
 
 
 def test_a_model_the_hub_does_not_have_is_a_bad_name() -> None:

@@ -1,22 +1,26 @@
 """Pulling from this machine: a GGUF file or a Hugging Face directory, whole or not at all."""
 
+import io
 import json
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
-import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
-from kvrelay.cli.pull import pull as pull_command
+from kvrelay.cli.app import app
+from kvrelay.cli.up import with_model
 from kvrelay.errors import ModelInvalid, PeerUnavailable
 from kvrelay.store import install
 from kvrelay.store.manifest import models_dir, read_model_dir
 from kvrelay.store.progress import Silent
 from kvrelay.store.pull import ensure, pull
+from kvrelay.supervise.topology import Topology
 from tests.support import tiny_gguf
 
 FILES = {
@@ -123,15 +127,15 @@ def test_leftovers_of_a_killed_pull_are_cleared(gguf_file: Path) -> None:
     assert left_behind() == set()
 
 
-def _pull_once(source: str) -> bool:
-    return pull(source).was_present
-
-
 def test_two_processes_pulling_at_once_write_it_once(gguf_file: Path) -> None:
     """The lock makes one of them wait and then find it there."""
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        present = pool.map(_pull_once, [str(gguf_file)] * 2, chunksize=1)
-    assert sorted(present) == [False, True]
+    words = [sys.executable, "-m", "kvrelay.cli.app", "pull", str(gguf_file)]
+    pulls = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = sorted(process.communicate(timeout=60)[0] for process in pulls)
+
+    assert [process.returncode for process in pulls] == [0, 0]
+    assert "is already there" in said[0]
+    assert "is ready" in said[1]
 
 
 def test_a_waiting_pull_says_so(gguf_file: Path) -> None:
@@ -213,10 +217,46 @@ def test_a_name_that_is_no_directory_name_is_refused(gguf_file: Path, name: str)
         pull(str(gguf_file), name=name)
 
 
-def test_ensure_knows_only_pinned_models() -> None:
-    """It downloads, so it takes names, never paths."""
-    with pytest.raises(ModelInvalid, match="not a known model; have smollm2-135m-instruct"):
+def test_what_is_to_be_served_may_be_a_file_a_directory_or_a_name(gguf_file: Path) -> None:
+    """A GGUF file is converted once; its directory and its name then mean the same."""
+    progress = tiny_gguf.Recorder()
+    converted = ensure(str(gguf_file), progress)
+    assert converted == models_dir() / "my-model"
+    assert progress.stages == ["converting weights"]
+    assert ensure(str(gguf_file), progress) == converted
+    assert ensure(str(converted)) == ensure("my-model") == converted
+    assert len(progress.stages) == 1
+
+
+def test_a_file_that_has_changed_is_converted_again(gguf_file: Path) -> None:
+    """What is served is what the file holds now."""
+    old = read_model_dir(ensure(str(gguf_file)))
+    tiny_gguf.write_gguf(gguf_file, weights=tiny_gguf.random_weights("llama", seed=1))
+    progress = tiny_gguf.Recorder()
+    new = read_model_dir(ensure(str(gguf_file), progress))
+    assert new.files != old.files
+    assert "has changed" in progress.notes[0]
+
+
+def test_up_converts_a_file_and_shows_that_it_does(gguf_file: Path) -> None:
+    """The services are then given the directory."""
+    shown = io.StringIO()
+    topology = with_model(Topology(model=str(gguf_file)), Console(file=shown))
+    assert topology.model == str(models_dir() / "my-model")
+    assert "converting weights" in shown.getvalue()
+
+
+def test_what_is_neither_there_nor_known_is_refused_with_a_way_out() -> None:
+    """The error says how to get one."""
+    with pytest.raises(ModelInvalid, match="no such model or directory; run: kvrelay pull"):
         ensure("something-else")
+
+
+def test_without_the_hub_extra_its_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one thing that is optional to install here."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModelInvalid, match=r"pip install 'kvrelay\[hub\]'"):
+        pull("some-org/some-model")
 
 
 def test_an_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,41 +268,30 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
     assert left_behind() == set()
 
 
-@pytest.fixture
-def command() -> typer.Typer:
-    app = typer.Typer()
-    app.command()(pull_command)
-    return app
-
-
-def test_the_command_prints_plain_lines_off_a_terminal(
-    command: typer.Typer, gguf_file: Path
-) -> None:
+def test_the_command_prints_plain_lines_off_a_terminal(gguf_file: Path) -> None:
     """The last line says where the model is; a second run says it was there."""
-    result = CliRunner().invoke(command, [str(gguf_file)])
+    result = CliRunner().invoke(app, ["pull", str(gguf_file)])
     assert result.exit_code == 0
     assert f"my-model is ready: {models_dir() / 'my-model'}" in result.output
     assert "converting weights" in result.output
     assert "\x1b" not in result.output
-    again = CliRunner().invoke(command, [str(gguf_file)])
+    again = CliRunner().invoke(app, ["pull", str(gguf_file)])
     assert again.exit_code == 0
     assert "my-model is already there" in again.output
 
 
-def test_the_command_fails_with_one_line(command: typer.Typer) -> None:
+def test_the_command_fails_with_one_line() -> None:
     """Exit status 1 and no traceback."""
-    result = CliRunner().invoke(command, ["nothing"])
+    result = CliRunner().invoke(app, ["pull", "nothing"])
     assert result.exit_code == 1
     assert result.output.startswith("error: nothing: ")
     assert "Traceback" not in result.output
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_cache_that_cannot_be_written_is_named(
-    command: typer.Typer, gguf_file: Path, cache: Path
-) -> None:
+def test_a_cache_that_cannot_be_written_is_named(gguf_file: Path, cache: Path) -> None:
     """With the setting that moves it."""
     cache.mkdir(mode=0o500)
-    result = CliRunner().invoke(command, [str(gguf_file)])
+    result = CliRunner().invoke(app, ["pull", str(gguf_file)])
     assert result.exit_code == 1
     assert "KVRELAY_CACHE_DIR" in result.output

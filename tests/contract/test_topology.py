@@ -1,7 +1,6 @@
 """The command lines that `kvrelay up` writes are ones the services take."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ from kvrelay.supervise.topology import Topology, threads_of_each
 from prefill_svc.config import PrefillConfig
 
 EVERYTHING = Topology(
-    model=Path("/models/some"),
+    model="/models/some",
     num_prefill=2,
     num_decode=3,
     num_threads=4,
@@ -23,7 +22,7 @@ EVERYTHING = Topology(
     num_blocks=64,
     drain_s=5.0,
 )
-DEFAULTS = Topology(model=Path("/models/some"))
+DEFAULTS = Topology(model="/models/some")
 
 
 @pytest.mark.parametrize("topology", [EVERYTHING, DEFAULTS])

@@ -7,7 +7,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest_asyncio
 
 from kvrelay.client import GenerateOptions, Message
 from kvrelay.events import Delta
+from kvrelay.store.manifest import models_dir
 from kvrelay.store.pull import pull
 from tests.support import tiny_gguf
 from tests.support.deployment import Deployment, deployment
@@ -25,12 +26,13 @@ from tests.support.deployment import Deployment, deployment
 pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 
 WITHIN_S = 60.0
+READY_WITHIN_S = 15.0
 QUESTION = "What is the capital of France?"
 DEAD = "127.0.0.1:1"
 COUNT = ("generate", "1, 2, 3, 4, 5, 6,", "--raw", "--temperature", "0", "--max-tokens", "4000")
 """Greedily, the model counts on and on."""
 
-STORY = GenerateOptions(temperature=0.0, max_tokens=64)
+STORY = GenerateOptions(temperature=0.0, max_tokens=32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,24 @@ async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Deploy
         yield running
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def plain(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Deployment]:
+    """What `kvrelay up` starts when nothing else is said, the real model included."""
+    log_dir = tmp_path_factory.mktemp("logs")
+    async with deployment("smollm2-135m-instruct", log_dir=log_dir) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def tiny(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Deployment]:
+    """A model that nobody has converted yet, served from its GGUF file."""
+    gguf = tiny_gguf.write_gguf(tmp_path_factory.mktemp("gguf") / "served.gguf")
+    async with deployment(gguf, log_dir=tmp_path_factory.mktemp("logs")) as running:
+        yield running
+
+
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A model directory that loads at once and says nothing sensible."""
@@ -109,6 +129,27 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def one_line(text: str) -> bool:
     return text.count("\n") == 1 and text.endswith("\n")
+
+
+@pytest.mark.realmodel
+async def test_without_any_flag_it_is_ready_soon_and_hands_over(plain):
+    """
+    A prompt it has not seen crosses from one worker to the other: both count one handoff more.
+    """
+    before = handoffs(await status(plain))
+    asked = ("generate", QUESTION, "--temperature", "0", "--max-tokens", "24")
+    done = await run(*asked, "--target", plain.grpc)
+    await plain.until_idle()
+
+    assert plain.ready_s <= READY_WITHIN_S
+    assert "Paris" in done.out
+    after = handoffs(await status(plain))
+    assert after == {name: count + 1 for name, count in before.items()}
+    assert set(after) == {"prefill-0", "decode-0"}
+
+
+def handoffs(pool: dict) -> dict[str, int]:
+    return {worker["worker_id"]: worker["handoffs_total"] for worker in pool["workers"]}
 
 
 @pytest.mark.realmodel
@@ -130,7 +171,7 @@ async def test_status_shows_the_handoff_that_was_made(real):
     Both sides count it, and every worker tells all that the table promises.
     """
     await real.until_idle()
-    before = {w["worker_id"]: w["handoffs_total"] for w in (await status(real))["workers"]}
+    before = handoffs(await status(real))
     await run("generate", QUESTION, "--max-tokens", "4", "--target", real.grpc)
     await real.until_idle()
     pool = await status(real)
@@ -231,7 +272,6 @@ async def test_the_ledger_is_drawn_after_the_text_and_by_explain(real):
         (("hi", "--temperature", "nan"), "temperature"),
         (("hi", "--temperature", "-1"), "temperature"),
         (("hi", "--top-p", "0"), "top_p"),
-        (("hi", "--max-tokens", "0"), "max_tokens"),
         (("hi", "--max-tokens", "100000"), "max_tokens"),
         (("hi", "--stop", ""), "stop"),
         (("", "--raw"), "text"),
@@ -392,63 +432,82 @@ async def test_a_truncated_model_is_named_with_the_process_that_refused_it(tiny_
     assert "error: coordinator exited with status 2" in done.err.splitlines()[-1]
 
 
-async def test_a_killed_worker_comes_back_under_its_name(tiny_model, tmp_path):
+async def test_a_gguf_file_is_served_as_it_is(tiny):
+    """
+    `up` converts it on its way, and it is called after the file.
+    """
+    done = await run("generate", "ab", "--raw", "--max-tokens", "4", "--target", tiny.grpc)
+
+    assert done.status == 0, done.err
+    assert (await tiny.client.model()).name == "served"
+    assert (models_dir() / "served" / "model.safetensors").is_file()
+
+
+async def test_a_killed_worker_comes_back_under_its_name(tiny):
     """
     The same worker_id joins again with a new process and a new epoch, and serves.
     """
-    async with deployment(tiny_model, log_dir=tmp_path) as running:
-        old = (await running.worker("decode-0")).identity
-        await running.signal("decode-0", signal.SIGKILL)
-        new = (await running.until_restarted("decode-0", old_pid=old.pid)).identity
-        done = await run("generate", "ab", "--raw", "--max-tokens", "4", "--target", running.grpc)
+    old = (await tiny.worker("decode-0")).identity
+    await tiny.signal("decode-0", signal.SIGKILL)
+    new = (await tiny.until_restarted("decode-0", old_pid=old.pid)).identity
+    done = await run("generate", "ab", "--raw", "--max-tokens", "4", "--target", tiny.grpc)
 
     assert new.epoch != old.epoch
     assert done.status == 0, done.err
 
 
-async def test_a_killed_coordinator_comes_back_at_its_address(tiny_model, tmp_path):
+async def test_a_killed_coordinator_comes_back_at_its_address(tiny):
     """
     Its port was chosen at random, yet workers and callers find it again.
     """
-    async with deployment(tiny_model, log_dir=tmp_path) as running:
-        coordinator = psutil.Process(running.coordinator_pid)
-        coordinator.kill()
-        psutil.wait_procs([coordinator], timeout=WITHIN_S)
-        await until_serving(running, True)
-        done = await run("generate", "ab", "--raw", "--max-tokens", "4", "--target", running.grpc)
+    coordinator = psutil.Process(tiny.coordinator_pid)
+    coordinator.kill()
+    psutil.wait_procs([coordinator], timeout=WITHIN_S)
+    await until_serving(tiny, True)
+    done = await run("generate", "ab", "--raw", "--max-tokens", "4", "--target", tiny.grpc)
 
     assert done.status == 0, done.err
 
 
-async def test_killing_it_outright_leaves_no_process(tiny_model, tmp_path):
+async def test_killing_it_outright_leaves_no_process(tiny):
     """
     When `up` itself is killed by SIGKILL, everything it started dies with it.
     """
-    async with deployment(tiny_model, log_dir=tmp_path) as running:
-        running.process.kill()
-        await running.process.wait()
+    services = psutil.Process(tiny.process.pid).children(recursive=True)
+    tiny.process.kill()
+    await tiny.process.wait()
+    _, left = psutil.wait_procs(services, timeout=WITHIN_S)
+
+    assert len(services) >= 3
+    assert not left
 
 
 @pytest.mark.realmodel
-async def test_draining_lets_streams_finish(tmp_path):
+async def test_draining_lets_streams_finish(plain):
     """
     A request under way when SIGTERM comes is answered to its last token; then all end well.
     """
-    async with deployment("smollm2-135m-instruct", log_dir=tmp_path) as running:
-        long = ("generate", "Tell a story.", "--temperature", "0", "--max-tokens", "64", "--json")
-        whole = (await run(*long, "--target", running.grpc)).json
-        events = running.client.generate([Message("user", "Tell a story.")], STORY)
-        async with aclosing(events), asyncio.timeout(WITHIN_S):
-            token_ids = []
-            async for event in events:
-                if isinstance(event, Delta):
-                    if not token_ids:
-                        running.process.send_signal(signal.SIGTERM)
-                    token_ids += event.token_ids
-            status = await running.process.wait()
+    async with asyncio.timeout(WITHIN_S):
+        whole = await story(plain, lambda: None)
+        token_ids = await story(plain, lambda: plain.process.send_signal(signal.SIGTERM))
+        status = await plain.process.wait()
 
-    assert token_ids == whole["token_ids"]
+    assert len(token_ids) == STORY.max_tokens
+    assert token_ids == whole
     assert status == 0
+
+
+async def story(running: Deployment, at_first_token: Callable[[], None]) -> list[int]:
+    """The tokens of a story, and something done while it is being told."""
+    token_ids: list[int] = []
+    events = running.client.generate([Message("user", "Tell a story.")], STORY)
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Delta):
+                if not token_ids:
+                    at_first_token()
+                token_ids += event.token_ids
+    return token_ids
 
 
 @pytest.mark.realmodel

@@ -1,6 +1,5 @@
 """The fronts of a real deployment: what callers may rely on, and what they are told when wrong."""
 
-import asyncio
 import json
 import time
 
@@ -33,7 +32,9 @@ SECRET = "xylophone quartz"
 async def deployed(real_model, tmp_path_factory):
     log_dir = tmp_path_factory.mktemp("logs")
     flags = ("--disaggregate", "always")
-    async with deployment(real_model, log_dir=log_dir, flags=flags) as it:
+    services = ("COORDINATOR", "PREFILL", "DECODE")
+    env = {f"KVRELAY_{service}_LOG_LEVEL": "debug" for service in services}
+    async with deployment(real_model, log_dir=log_dir, flags=flags, env=env) as it:
         await it.pool()  # connected before any single test begins
         yield it
 
@@ -277,4 +278,3 @@ async def test_nothing_of_a_prompt_is_in_the_logs(deployed, asker):
     assert answer[0].started.request_id in logs
     assert SECRET not in logs
     assert json.dumps(token_ids)[1:-1] not in logs
-    await asyncio.sleep(0)

@@ -507,7 +507,8 @@ async def test_a_worker_asked_for_what_can_never_be_is_our_fault():
     """
     The caller hears of a bug, not that its own request was wrong or forbidden.
     """
-    p, d = ScriptedWorker("p0", Role.PREFILL), ScriptedWorker("d0", Role.DECODE)
+    p = ScriptedWorker("p0", Role.PREFILL)
+    d = ScriptedWorker("d0", Role.DECODE, is_held=True)
     p.fail_with = [PermissionDenied("not for you")]
     async with deployment(p, d) as deployed, Asker(deployed.address) as asker:
         with pytest.raises(grpc.aio.AioRpcError) as failed:

@@ -1,16 +1,17 @@
 """A decode worker behind real gRPC that prefills by itself: sessions and outputs."""
 
 import asyncio
+from dataclasses import replace
 
 import grpc
 import pytest
 
-from kvrelay.engine.scheduler import StepLimits
 from kvrelay.errors import ServingError
 from kvrelay.rpc.status import from_grpc
 from tests.support.builders import prompt
 from tests.support.scripted_model import StepGate, expected_tokens
 from tests.support.workers import (
+    LIMITS,
     WAIT_S,
     decode_session,
     decode_submit,
@@ -77,7 +78,7 @@ async def test_a_slow_reader_is_told_everything_in_merged_messages():
     async with decode_worker() as bench, decode_session(bench) as session:
         fields = decode_submit(prompt(3), max_tokens=200)
         await session.submit(**fields)
-        await until(lambda: bench.engine.load().steps_total > 0 and bench.engine.is_idle)
+        await until(lambda: bench.runner.num_steps > 0 and bench.engine.is_idle)
         outputs = await session.outputs(fields["request_id"])
 
     assert tokens_of(outputs) == expected_tokens(prompt(3), 200)
@@ -97,12 +98,12 @@ async def test_a_cancel_frees_the_blocks_within_a_step():
         await until(lambda: bench.engine.is_idle)
 
         assert bench.num_held_blocks == 0
-        assert bench.engine.load().steps_total == 1
+        assert bench.runner.num_steps == 1
 
 
 async def test_a_broken_session_frees_everything():
     """Running and waiting attempts of a coordinator that went away end within a step."""
-    limits = StepLimits(budget_tokens=64, max_chunk_tokens=8, max_sequences=1)
+    limits = replace(LIMITS, max_sequences=1)
     async with decode_worker(limits=limits) as bench:
         async with decode_session(bench) as session:
             await session.submit(**decode_submit(prompt(9), max_tokens=200))

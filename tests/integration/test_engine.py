@@ -78,7 +78,7 @@ def test_a_handoff_between_two_engines_continues_the_tokens():
 
         decode.engine.join("d", prefill.sink.tokens["p"])
         decode.sink.wait_finished("d")
-        assert prefill.engine.load().held == 1
+        assert prefill.engine.load().blocks.held == 3
         prefill.engine.release("p")
 
         assert prefill.engine.is_idle
@@ -194,7 +194,7 @@ def test_a_cancelled_long_prompt_stops_after_its_chunk():
         assert run.model.num_rows == 8 + 2
 
 
-def test_unknown_releases_are_counted_and_ignored():
+def test_unknown_releases_are_ignored():
     """
     A release that crosses a finish on its way does no harm.
     """
@@ -205,7 +205,8 @@ def test_unknown_releases_are_counted_and_ignored():
         run.engine.release("a")
         run.engine.release("never heard of")
 
-        assert run.engine.load().unknown_releases_total == 2
+        run.engine.check()
+        assert run.engine.is_idle
 
 
 def test_a_join_that_is_finished_already_says_so():
@@ -305,7 +306,7 @@ def test_timings_and_speed_come_from_the_clock():
         load = run.engine.load()
         assert load.prefill_tokens_per_s == pytest.approx((8 + 3) / 2.5)
         assert load.step_s == pytest.approx(0.25)
-        assert load.steps_total == 4
+    assert run.model.num_steps == 4
     first, second = run.sink.timings["first"], run.sink.timings["second"]
     assert (first.queue_s, first.prefill_s, first.num_cached_tokens) == (0.0, 2.0, 0)
     assert (second.queue_s, second.prefill_s, second.num_cached_tokens) == (2.0, 0.5, 4)
@@ -324,7 +325,7 @@ def test_load_counts_sequences_and_blocks():
 
         load = run.engine.load()
 
-        assert (load.running, load.landing, load.waiting, load.held) == (1, 1, 1, 0)
+        assert (load.running, load.waiting) == (1, 1)
         assert load.blocks == BlockCounts(free=12, cached=0, held=4)
         assert load.queued_prompt_tokens == 12
         for seq_id in ("runs", "lands", "waits"):

@@ -4,22 +4,24 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
+from decode_svc.holder import HolderClient
 from decode_svc.landing import LandingLimits
-from kvrelay.engine.scheduler import StepLimits
 from kvrelay.transfer.base import KvTransport
 from kvrelay.transfer.faulty import Fault, FaultScript, FaultyTransport
-from prefill_svc.holds import HoldLimits
 from tests.support import tiny_model
 from tests.support.builders import prompt
+from tests.support.clock import ManualClock
 from tests.support.scripted_model import StepGate, expected_tokens
 from tests.support.workers import (
     BLOCK_SIZE,
     CHUNK_TOKENS,
+    HOLD_LIMITS,
     LAYOUT,
+    LIMITS,
     DecodeBench,
     PrefillBench,
     Session,
@@ -149,9 +151,8 @@ async def test_bytes_move_while_the_holder_computes_on():
         request_id, _ = await both.submit_both(prompt(3 * CHUNK_TOKENS), "shm")
         gate.let_one_pass()
         gate.let_one_pass()
-        moved = both.puller.metrics.pulled_bytes._value.get
         early = 2 * CHUNK_TOKENS // BLOCK_SIZE * LAYOUT.block_num_bytes
-        await until(lambda: moved() == early)
+        await until(lambda: both.puller.num_pulled_bytes == early)
         gate.open()
         outputs = await both.decodes.outputs(request_id)
 
@@ -199,7 +200,7 @@ async def test_a_corrupted_block_never_joins(transport):
         await both.is_idle()
 
         assert failure.reason == "KV_CORRUPT"
-        assert both.puller.engine.load().steps_total == 0
+        assert both.puller.runner.num_steps == 0
 
 
 async def test_the_right_bytes_of_another_prompt_never_join():
@@ -267,7 +268,7 @@ async def test_a_hold_that_lapsed_in_mid_pull_never_joins(transport):
 
         assert failure.reason == "HANDOFF_LOST"
         assert failure.retryable
-        assert both.puller.engine.load().steps_total == 0
+        assert both.puller.runner.num_steps == 0
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -303,7 +304,7 @@ async def test_broken_sessions_in_mid_pull_free_both_sides(transport):
 async def test_a_puller_that_dies_leaves_the_hold_to_its_timer():
     """With the pull's stream broken and nobody else coming, `hold_s` ends the hold."""
     async with pair(
-        holder={"hold_limits": HoldLimits(hold_s=0.05)}, puller={"wrap": Gated}
+        holder={"hold_limits": replace(HOLD_LIMITS, hold_s=0.05)}, puller={"wrap": Gated}
     ) as both:
         await both.submit_both(prompt(9), "shm")
         await both.prefills.one_prefilled()
@@ -311,22 +312,50 @@ async def test_a_puller_that_dies_leaves_the_hold_to_its_timer():
         both.decodes.call.cancel()
         await until(lambda: both.holder.engine.is_idle)
 
-        assert both.holder.keeper.holds.num_unclaimed == 1
+        assert both.holder.num_expired_holds == 1
+
+
+class Buggy:
+    """Hears one announcement of a holder, then fails in a way that nobody foresaw."""
+
+    def __init__(self, inner: HolderClient) -> None:
+        self._inner = inner
+
+    async def announcements(self, source):
+        async with contextlib.aclosing(self._inner.announcements(source)) as announcements:
+            async for announcement in announcements:
+                yield announcement
+                raise RuntimeError("not foreseen")
+
+    async def release(self, source, generations) -> None:
+        await self._inner.release(source, generations)
+
+
+async def test_a_bug_in_listening_ends_the_worker_and_holds_no_block():
+    """Whatever ends the listener ends the landing: nothing waits for it for ever."""
+    async with pair(puller={"wrap_holders": Buggy}) as both:
+        request_id, _ = await both.submit_both(prompt(9), "shm")
+        await until(lambda: both.puller.failures)
+        await both.prefills.cancel(request_id)
+        await both.is_idle()
+
+        assert [type(error) for error in both.puller.failures] == [RuntimeError]
+        assert both.puller.num_held_blocks == 0
+        both.puller.failures.clear()
 
 
 async def test_a_full_puller_waits_while_the_holder_holds():
     """The grant comes only when the other sequence has left; the hold's timer does not run."""
-    gate = StepGate()
-    async with pair(
-        holder={"hold_limits": HoldLimits(hold_s=0.02)}, puller={"num_blocks": 8, "gate": gate}
-    ) as both:
+    gate, clock = StepGate(), ManualClock()
+    async with pair(holder={"clock": clock}, puller={"num_blocks": 8, "gate": gate}) as both:
         busy = decode_submit(prompt(24, variant=1), max_tokens=8)
         await both.decodes.submit(**busy)
         await asyncio.to_thread(gate.wait_entered)
         request_id, _ = await both.submit_both(prompt(20), "shm")
         await both.prefills.one_prefilled()
         await until(lambda: both.puller.engine.load().waiting == 1)
-        await asyncio.sleep(0.1)  # five times hold_s: time itself is what is tested
+        clock.advance(5 * HOLD_LIMITS.hold_s)
+        both.holder.keeper.lapse_overdue()
         still_held = both.holder.num_held_blocks
         gate.open()
         got = await both.decodes.collect(busy["request_id"], request_id)
@@ -441,7 +470,7 @@ async def test_a_real_model_generates_the_same_with_and_without_a_handoff(transp
     spec = tiny_model.tiny_spec()
     weights = tiny_model.tiny_weights(spec, dtype)
     lengths = (1, 15, 16, 17, 31, 32, 33, 64, 65, 130)
-    limits = StepLimits(budget_tokens=128, max_chunk_tokens=32, max_sequences=8)
+    limits = replace(LIMITS, budget_tokens=128, max_chunk_tokens=32)
     with (
         tiny_model.runner_of(spec, weights) as holders,
         tiny_model.runner_of(spec, weights) as pullers,

@@ -1,17 +1,18 @@
 """A prefill worker behind real gRPC: sessions, holds, and what becomes of both."""
 
 import asyncio
+from dataclasses import replace
 
 import grpc
 import pytest
 
 from kvrelay.rpc.status import from_grpc
 from kvrelay.v1 import handoff_pb2
-from prefill_svc.holds import HoldLimits
 from tests.support.builders import prompt
 from tests.support.scripted_model import StepGate, expected_tokens
 from tests.support.workers import (
     BLOCK_SIZE,
+    HOLD_LIMITS,
     WAIT_S,
     handoff_stub,
     new_id,
@@ -133,7 +134,7 @@ async def test_a_cancel_in_mid_prompt_frees_every_block():
         await until(lambda: bench.engine.is_idle)
 
         assert bench.num_held_blocks == 0
-        assert bench.engine.load().steps_total == 1
+        assert bench.runner.num_steps == 1
 
 
 async def test_a_broken_session_lapses_its_holds():
@@ -243,23 +244,23 @@ async def test_a_pull_that_comes_before_its_prompt_waits_for_it():
 
 async def test_a_pull_whose_prompt_never_comes_is_given_up():
     """It waits at most `unclaimed_hold_s`, and is counted."""
-    limits = HoldLimits(unclaimed_hold_s=0.05)
+    limits = replace(HOLD_LIMITS, unclaimed_hold_s=0.05)
     async with prefill_worker(hold_limits=limits) as bench, handoff_stub(bench) as stub:
         code, error = await refused_pull(stub, pull_request(bench, new_id()))
 
         assert (code, error.reason) == (grpc.StatusCode.NOT_FOUND, "HANDOFF_LOST")
-        assert bench.keeper.holds.num_unclaimed == 1
+        assert bench.num_expired_holds == 1
 
 
 async def test_a_complete_hold_that_nobody_pulls_is_given_up():
     """After `hold_s` without a puller its blocks are free."""
-    limits = HoldLimits(hold_s=0.05)
+    limits = replace(HOLD_LIMITS, hold_s=0.05)
     async with prefill_worker(hold_limits=limits) as bench, prefill_session(bench) as session:
         await session.submit(**prefill_submit(prompt(10)))
         await session.one_prefilled()
         await until(lambda: bench.engine.is_idle)
 
-        assert bench.keeper.holds.num_unclaimed == 1
+        assert bench.num_expired_holds == 1
 
 
 async def test_a_first_token_that_ends_the_request_holds_nothing():

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvrelay.clock import MonotonicClock
 from kvrelay.errors import HandoffLost, Incompatible, KvCorrupt, PeerUnavailable
 from kvrelay.transfer import manifest
 from kvrelay.transfer.base import RemoteHold
@@ -121,7 +122,9 @@ async def test_a_holder_that_stands_still_is_unavailable_in_time():
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(b"\0" + address.encode())
         listener.listen()
-        transport = ShmTransport(worker_id="d", epoch="e", connect_timeout_s=0.05)
+        transport = ShmTransport(
+            worker_id="d", epoch="e", clock=MonotonicClock(), connect_timeout_s=0.05
+        )
         async with open_peer("shm", transport=transport) as puller:
             with pytest.raises(PeerUnavailable, match="TimeoutError"):
                 await puller.transport.pull(remote_at(address), copies_of([(0, 0)]))
@@ -188,7 +191,7 @@ async def test_a_dead_holders_memory_is_unmapped_without_another_pull():
 
 async def test_only_so_many_peers_stay_mapped():
     """The least recently used goes, and is mapped again when needed."""
-    transport = ShmTransport(worker_id="d", epoch="e", max_peers=2)
+    transport = ShmTransport(worker_id="d", epoch="e", clock=MonotonicClock(), max_peers=2)
     async with (
         open_peer("shm", worker_id="a", seed=1) as a,
         open_peer("shm", worker_id="b", seed=2) as b,
@@ -204,7 +207,9 @@ async def test_only_so_many_peers_stay_mapped():
 
 async def test_a_holder_turns_away_more_peers_than_it_has_room_for():
     """Who is inside stays inside."""
-    holder_transport = ShmTransport(worker_id="prefill-0", epoch="e1", max_peers=1)
+    holder_transport = ShmTransport(
+        worker_id="prefill-0", epoch="e1", clock=MonotonicClock(), max_peers=1
+    )
     async with (
         open_peer("shm", transport=holder_transport) as holder,
         open_peer("shm", worker_id="d1") as first,

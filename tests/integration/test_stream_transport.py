@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from kvrelay.clock import MonotonicClock
 from kvrelay.errors import HandoffLost, KvCorrupt, PeerUnavailable
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
@@ -84,7 +85,7 @@ async def test_a_pull_of_more_blocks_than_one_read_may_name_is_split():
 
 async def test_idle_channels_are_bounded():
     """A puller that met many holders keeps connections to the last few."""
-    transport = StreamTransport(worker_id="d", max_channels=1)
+    transport = StreamTransport(worker_id="d", clock=MonotonicClock(), max_channels=1)
     async with (
         open_peer("stream", worker_id="a", seed=1) as a,
         open_peer("stream", worker_id="b", seed=2) as b,

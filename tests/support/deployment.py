@@ -45,6 +45,8 @@ class Deployment:
     num_decode: int
     log_dir: Path
     client: Client
+    ready_s: float
+    """From the start of `kvrelay up` to its ready line."""
 
     async def pool(self) -> Pool:
         return await self.client.pool(timeout_s=10.0)
@@ -143,10 +145,11 @@ async def deployment(
         model: name or directory.
         log_dir: where the processes' logs go; shown when the deployment does not come up.
         flags: more arguments of `kvrelay up`.
-        env: more environment, e.g. `KVRELAY_PREFILL_MAX_BATCH_TOKENS`.
+        env: more environment, e.g. `KVRELAY_COORDINATOR_LOG_LEVEL`.
     """
     mark = secrets.token_hex(8)
     shared_memory = _shared_memory()
+    began_at_s = time.monotonic()
     process = await _spawn(
         *("--model", str(model), "--prefill", str(num_prefill), "--decode", str(num_decode)),
         *("--log-dir", str(log_dir), *flags),
@@ -154,8 +157,9 @@ async def deployment(
     )
     try:
         grpc, http = await _ready(process, log_dir)
+        ready_s = time.monotonic() - began_at_s
         async with Client(grpc) as client:
-            it = Deployment(process, grpc, http, num_prefill, num_decode, log_dir, client)
+            it = Deployment(process, grpc, http, num_prefill, num_decode, log_dir, client, ready_s)
             await it.pool()  # connects, so that no test opens what another one closes
             yield it
             if process.returncode is None:

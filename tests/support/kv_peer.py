@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import grpc
 import numpy as np
 
+from kvrelay.clock import MonotonicClock
 from kvrelay.errors import HandoffLost
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
@@ -27,9 +28,9 @@ SMALL = KvLayout(num_layers=2, block_size=16, num_kv_heads=2, head_dim=8, dtype=
 
 def make_transport(kind: str, *, worker_id: str, epoch: str) -> KvTransport:
     if kind == "shm":
-        return ShmTransport(worker_id=worker_id, epoch=epoch)
+        return ShmTransport(worker_id=worker_id, epoch=epoch, clock=MonotonicClock())
     assert kind == "stream", kind
-    return StreamTransport(worker_id=worker_id)
+    return StreamTransport(worker_id=worker_id, clock=MonotonicClock())
 
 
 def fill(cache: KvCache, seed: int) -> None:

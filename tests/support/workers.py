@@ -16,9 +16,8 @@ from prometheus_client import CollectorRegistry
 
 from decode_svc.holder import HolderClient
 from decode_svc.landing import Lander, LandingLimits
-from decode_svc.service import DecodeService
-from kvrelay import worker
-from kvrelay.clock import MonotonicClock
+from decode_svc.service import DecodeServicer
+from kvrelay.clock import Clock, MonotonicClock
 from kvrelay.engine.batch import Path
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.scheduler import StepLimits
@@ -42,10 +41,11 @@ from kvrelay.v1 import (
     prefill_pb2,
     prefill_pb2_grpc,
 )
-from prefill_svc.handoff import HandoffService
+from kvrelay.worker.bridge import StepBridge
+from kvrelay.worker.parts import close, make_engine
 from prefill_svc.holds import HoldLimits
 from prefill_svc.keeper import HoldKeeper
-from prefill_svc.service import PrefillService
+from prefill_svc.service import HandoffServicer, PrefillServicer
 from tests.support.scripted_model import VOCAB_SIZE, ScriptedModel, Slot, StepGate
 
 BLOCK_SIZE = 4
@@ -53,7 +53,11 @@ CHUNK_TOKENS = 8
 LAYOUT = KvLayout(num_layers=1, block_size=BLOCK_SIZE, num_kv_heads=1, head_dim=4, dtype="float32")
 FINGERPRINT = Fingerprint(model_digest="00", numerics="scripted-v1", layout=LAYOUT)
 BOUNDS = ModelBounds(vocab_size=VOCAB_SIZE, context_tokens=2048)
-LIMITS = StepLimits(budget_tokens=64, max_chunk_tokens=CHUNK_TOKENS, max_sequences=8)
+LIMITS = StepLimits(
+    budget_tokens=64, max_chunk_tokens=CHUNK_TOKENS, max_sequences=8, max_waiting=1024
+)
+HOLD_LIMITS = HoldLimits(hold_s=30.0, unclaimed_hold_s=10.0, max_expected=1024, max_remembered=4096)
+LANDING_LIMITS = LandingLimits(batch_num_bytes=32 << 20)
 WAIT_S = 10.0
 
 _SLOT = struct.Struct("<qqqq")
@@ -99,9 +103,11 @@ class Bench:
     worker_id: str
     epoch: str
     cache: KvCache
+    runner: ScriptedModel
     engine: Engine
     transports: tuple[KvTransport, ...]
     metrics: WorkerMetrics
+    registry: CollectorRegistry
     address: str = ""
     failures: list[BaseException] = field(default_factory=list)
 
@@ -115,13 +121,24 @@ class Bench:
 
 @dataclass(kw_only=True)
 class PrefillBench(Bench):
-    service: PrefillService
+    service: PrefillServicer
     keeper: HoldKeeper
+
+    @property
+    def num_expired_holds(self) -> float:
+        name = "kvrelay_engine_hold_expirations_total"
+        return self.registry.get_sample_value(name, {"role": "prefill"})
 
 
 @dataclass(kw_only=True)
 class DecodeBench(Bench):
-    service: DecodeService
+    service: DecodeServicer
+
+    @property
+    def num_pulled_bytes(self) -> float:
+        return self.registry.get_sample_value(
+            "kvrelay_engine_pulled_bytes_total", {"role": "decode"}
+        )
 
 
 async def until(condition, timeout_s: float = WAIT_S) -> None:
@@ -137,15 +154,18 @@ async def _engine_on(
 ) -> AsyncIterator[dict]:
     """The common parts. At the end: nothing failed, and every block is free or cached."""
     failures: list[BaseException] = []
+    registry = CollectorRegistry()
     cache = KvCache(LAYOUT, num_blocks, shareable=True) if model is None else model[1]
     runner = scripted(cache, gate) if model is None else model[0]
-    bridge = worker.StepBridge(asyncio.get_running_loop(), on_failure=failures.append)
-    engine = worker.make_engine(
+    bridge = StepBridge(asyncio.get_running_loop(), on_failure=failures.append)
+    engine = make_engine(
         runner, cache, limits=limits, sink=bridge, on_failure=failures.append,
         clock=MonotonicClock(),
     )  # fmt: skip
     worker_id, epoch = role.value, f"{next(_ids):016x}"
-    transports = build_transports("auto", worker_id=worker_id, epoch=epoch)
+    transports = build_transports(
+        "auto", worker_id=worker_id, epoch=epoch, tls=None, clock=MonotonicClock()
+    )
     if wrap is not None:
         transports = tuple(wrap(transport) for transport in transports)
     for transport in transports:
@@ -155,9 +175,11 @@ async def _engine_on(
         "worker_id": worker_id,
         "epoch": epoch,
         "cache": cache,
+        "runner": runner,
         "engine": engine,
         "transports": transports,
-        "metrics": WorkerMetrics(role, CollectorRegistry()),
+        "metrics": WorkerMetrics(role, registry),
+        "registry": registry,
         "failures": failures,
     }
     try:
@@ -166,7 +188,7 @@ async def _engine_on(
         if gate is not None:
             gate.open()
         await until(lambda: engine.is_idle or failures)
-        await worker.close(engine, transports, cache)
+        await close(engine, transports, cache)
     assert not failures, failures
     engine.check()
     assert engine.load().blocks.held == 0
@@ -189,8 +211,9 @@ async def prefill_worker(
     *,
     num_blocks: int = 64,
     limits: StepLimits = LIMITS,
-    hold_limits: HoldLimits | None = None,
+    hold_limits: HoldLimits = HOLD_LIMITS,
     gate: StepGate | None = None,
+    clock: Clock | None = None,
     model=None,
     fingerprint: Fingerprint = FINGERPRINT,
     bounds: ModelBounds = BOUNDS,
@@ -204,14 +227,14 @@ async def prefill_worker(
         keeper = HoldKeeper(
             engine=parts["engine"],
             cache=parts["cache"],
-            limits=hold_limits or HoldLimits(),
+            limits=hold_limits,
             metrics=parts["metrics"],
-            clock=MonotonicClock(),
+            clock=clock or MonotonicClock(),
         )
-        service = PrefillService(engine=parts["engine"], keeper=keeper, bounds=bounds, **names)
+        service = PrefillServicer(engine=parts["engine"], keeper=keeper, bounds=bounds, **names)
         made["bridge"].connect(service.take_step)
         bench = PrefillBench(service=service, keeper=keeper, **parts)
-        handoffs = HandoffService(keeper, fingerprint=fingerprint, **names)
+        handoffs = HandoffServicer(keeper, fingerprint=fingerprint, **names)
         services = [
             Service(
                 prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
@@ -236,36 +259,39 @@ async def decode_worker(
     *,
     num_blocks: int = 64,
     limits: StepLimits = LIMITS,
-    landing_limits: LandingLimits | None = None,
+    landing_limits: LandingLimits = LANDING_LIMITS,
     max_landings: int = 64,
     gate: StepGate | None = None,
     wrap=None,
+    wrap_holders=None,
     model=None,
     fingerprint: Fingerprint = FINGERPRINT,
     bounds: ModelBounds = BOUNDS,
 ) -> AsyncIterator[DecodeBench]:
-    """A decode worker that serves on loopback; `wrap` is put around each of its transports."""
+    """A decode worker that serves on loopback; `wrap` is put around each of its transports,
+    `wrap_holders` around its client of holders."""
     async with _engine_on(
         Role.DECODE, num_blocks=num_blocks, limits=limits, gate=gate, wrap=wrap, model=model
     ) as made:
         parts = made["parts"]
         channels = Channels(tls=None)
+        holders = HolderClient(
+            channels,
+            puller_id=parts["worker_id"],
+            fingerprint=fingerprint,
+            bounds=bounds,
+            release_timeout_s=WAIT_S,
+        )
         lander = Lander(
             engine=parts["engine"],
             cache=parts["cache"],
             transports=parts["transports"],
-            holders=HolderClient(
-                channels,
-                puller_id=parts["worker_id"],
-                fingerprint=fingerprint,
-                bounds=bounds,
-                release_timeout_s=WAIT_S,
-            ),
-            limits=landing_limits or LandingLimits(),
+            holders=holders if wrap_holders is None else wrap_holders(holders),
+            limits=landing_limits,
             metrics=parts["metrics"],
             clock=MonotonicClock(),
         )
-        service = DecodeService(
+        service = DecodeServicer(
             engine=parts["engine"],
             lander=lander,
             bounds=bounds,

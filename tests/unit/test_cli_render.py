@@ -5,7 +5,10 @@ from dataclasses import replace
 from rich.console import Console
 
 from kvrelay.cli import render
+from kvrelay.client import Member, Pool
 from kvrelay.obs.ledger import Ledger
+from kvrelay.types import Role, WorkerLoad
+from tests.support.members import identity
 
 WIDTH = 100
 
@@ -60,7 +63,7 @@ def test_everything_that_explains_a_request_is_said():
     """
     text = "\n".join(drawn(LEDGER))
 
-    for part in ("prefill-0 → decode-1", "2.00 MB by shm", "handoff tax: 10.0 ms"):
+    for part in ("prefill-0 → decode-1", "2.00 MB by shm", "10.0 ms"):
         assert part in text
     assert "PEER_UNAVAILABLE" in text
 
@@ -79,3 +82,47 @@ def test_a_request_without_handoff_or_token_can_be_drawn():
     assert "NO_WORKER" in text
     assert "second token" not in text
     assert "handoff" not in text
+
+
+def pool_lines(*, is_wide: bool) -> list[str]:
+    load = WorkerLoad(free_blocks=12345, cached_blocks=12345, handoffs_total=1_000_000)
+    members = tuple(
+        Member(identity=identity(name, role), load=load, load_age_ms=12_345, placed_sequences=0)
+        for name, role in (("prefill-0", Role.PREFILL), ("decode-0", Role.DECODE))
+    )
+    pool = Pool(
+        members=members,
+        is_ready=True,
+        not_ready_reason="",
+        active_requests=0,
+        finished_requests_total=0,
+        lost_attempts_total=0,
+    )
+    console = Console(width=80 if not is_wide else render.WIDE_COLUMNS)
+    with console.capture() as capture:
+        console.print(render.pool(pool, is_wide=is_wide))
+    return capture.get().splitlines()
+
+
+def test_a_worker_is_one_row_in_80_columns():
+    """
+    Whole, with large numbers; what is left out needs more room.
+    """
+    narrow, wide = pool_lines(is_wide=False), pool_lines(is_wide=True)
+
+    assert len(narrow) == len(wide) == 5
+    assert "12345" in narrow[-1]
+    assert "1000000" in narrow[-1]
+    assert "12.3 s" in narrow[-1]
+    assert "127.0.0.1:1" in wide[-1]
+
+
+def test_a_ledger_fits_80_columns():
+    """
+    Each stage is one line there.
+    """
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(render.ledger(LEDGER))
+
+    assert "75%" in row(capture.get().splitlines(), "prefill")

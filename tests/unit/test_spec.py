@@ -37,7 +37,7 @@ def test_a_plain_config_is_read_whole() -> None:
     spec = spec_of(LLAMA)
     assert (spec.hidden_size, spec.num_layers, spec.num_heads, spec.num_kv_heads) == (64, 2, 4, 2)
     assert (spec.head_dim, spec.intermediate_size, spec.vocab_size) == (16, 96, 200)
-    assert (spec.group_size, spec.qkv_size) == (2, 128)
+    assert spec.group_size == 2
     assert spec.rope.theta == 50000.0
     assert [spec.qkv_bias, spec.out_bias, spec.mlp_bias, spec.qk_norm] == [False] * 4
 

@@ -10,12 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvrelay.errors import ModelInvalid
-from kvrelay.model.gguf import load_gguf
-from kvrelay.model.spec import ModelSpec, read_spec, spec_of
+from kvrelay.model.spec import ModelSpec, spec_of
 from kvrelay.model.weights import LayerWeights, load_weights
-from kvrelay.store import gguf_model
-from kvrelay.store.progress import Silent
-from tests.support import tiny_gguf
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -194,19 +190,3 @@ def test_a_tensor_in_another_shard_than_announced_is_refused(model_dir: Path) ->
     path.write_text(json.dumps(index))
     with pytest.raises(ModelInvalid, match=r"model\.norm\.weight"):
         load_weights(model_dir, SPEC, dtype=torch.float32)
-
-
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
-def test_a_gguf_file_gives_the_weights_its_conversion_gives(tmp_path: Path, arch: str) -> None:
-    """Read directly or through a converted directory: the same model."""
-    path = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", arch)
-    directory = tmp_path / "converted"
-    directory.mkdir()
-    gguf_model.convert(path, directory, progress=Silent())
-    spec, direct = load_gguf(path, dtype=torch.float32)
-    assert spec == read_spec(directory)
-    converted = load_weights(directory, spec, dtype=torch.float32)
-    assert torch.equal(direct.embed, converted.embed)
-    for a, b in zip(direct.layers, converted.layers, strict=True):
-        assert torch.equal(a.qkv, b.qkv)
-        assert torch.equal(a.gate_up, b.gate_up)

@@ -67,12 +67,12 @@ def test_a_refused_start_is_one_line_and_exit_2(service, argv):
 def test_a_broken_engine_ends_the_process_at_once():
     """Exit 70, after the log has said why."""
     code = (
-        "from kvrelay import worker\n"
+        "from kvrelay import process\n"
         "from kvrelay.obs import logging\n"
         "logging.configure(level='info', fmt='json')\n"
-        "worker.crash(FloatingPointError('logits'))\n"
+        "process.crash(FloatingPointError('logits'))\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
     assert ended.returncode == 70
-    assert "worker.exits" in ended.stderr
+    assert "process.broken" in ended.stderr

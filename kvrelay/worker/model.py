@@ -1,0 +1,72 @@
+"""Loads what a worker computes with, warm, and says what others must have to be its peers."""
+
+from dataclasses import dataclass
+
+import structlog
+
+from kvrelay.clock import Clock
+from kvrelay.config import SettingsError
+from kvrelay.engine.batch import Runner
+from kvrelay.kv.cache import KvCache
+from kvrelay.model.runner import layout_of, load_runner
+from kvrelay.model.spec import read_spec
+from kvrelay.rpc.submit import ModelBounds
+from kvrelay.store.manifest import model_digest, read_model_dir, resolve_model
+from kvrelay.types import Fingerprint
+from kvrelay.worker.settings import WorkerSettings
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """Everything a worker computes with."""
+
+    runner: Runner
+    cache: KvCache
+    fingerprint: Fingerprint
+    bounds: ModelBounds
+
+
+def load_model(settings: WorkerSettings, clock: Clock) -> LoadedModel:
+    """Load and warm up. Takes seconds; the caller closes the cache.
+
+    Raises:
+        ModelInvalid: naming the file and the problem.
+        SettingsError: not a single block fits into the memory given.
+    """
+    started_s = clock.now()
+    model_dir = resolve_model(settings.model)
+    log.info("model.loading", model=read_model_dir(model_dir).name, dtype=settings.dtype)
+    spec = read_spec(model_dir)
+    layout = layout_of(spec, dtype=settings.dtype, block_size=settings.block_size)
+    num_blocks = settings.num_blocks or (settings.kv_memory_mib << 20) // layout.block_num_bytes
+    if num_blocks == 0:
+        raise SettingsError(
+            f"kv_memory_mib = {settings.kv_memory_mib}: "
+            f"one block of this model takes {layout.block_num_bytes} bytes"
+        )
+    runner, cache, layout = load_runner(
+        model_dir,
+        dtype=settings.dtype,
+        block_size=settings.block_size,
+        num_blocks=num_blocks,
+        num_threads=settings.threads,
+        shareable=settings.transport != "stream",
+    )
+    loaded_s = clock.now()
+    runner.warm_up()
+    log.info(
+        "model.loaded",
+        num_blocks=num_blocks,
+        kv_num_bytes=cache.num_bytes,
+        load_s=round(loaded_s - started_s, 3),
+        warm_up_s=round(clock.now() - loaded_s, 3),
+    )
+    if varying := runner.prove_rows():
+        log.warning("model.rows_vary", products=varying, numerics=runner.numerics)
+    fingerprint = Fingerprint(
+        model_digest=model_digest(model_dir), numerics=runner.numerics, layout=layout
+    )
+    bounds = ModelBounds(vocab_size=spec.vocab_size, context_tokens=spec.max_position_embeddings)
+    return LoadedModel(runner=runner, cache=cache, fingerprint=fingerprint, bounds=bounds)

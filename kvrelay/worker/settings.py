@@ -1,0 +1,71 @@
+"""What an operator may choose for any worker; each role adds its own."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from kvrelay.config import HostPort, ServiceSettings
+
+
+class WorkerSettings(ServiceSettings):
+    """Checked once, here."""
+
+    model: str
+    """Name of a pulled model, or a directory."""
+
+    coordinator: HostPort = "127.0.0.1:50051"
+    """HOST:PORT of the coordinator whose pool this worker joins, for ever if need be."""
+
+    worker_id: Annotated[str, StringConstraints(pattern=r"^([a-z0-9.-]{1,64})?$")] = ""
+    """Stable name in the pool. Empty: made up at each start."""
+
+    threads: int = Field(default=1, ge=1, le=1024)
+    """CPU threads that compute. Workers that share a machine should share its cores."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of weights and KV. Equal in all workers of a pool."""
+
+    block_size: Literal[8, 16, 32, 64] = 16
+    """Tokens per KV block. Equal in all workers of a pool."""
+
+    num_blocks: int = Field(default=0, ge=0)
+    """KV blocks of this worker. 0: as many as fit into `kv_memory_mib`."""
+
+    kv_memory_mib: int = Field(default=256, ge=1)
+    """Memory for KV if `num_blocks` is 0."""
+
+    budget_tokens: int = Field(default=512, ge=1)
+    """Most tokens in one step. Larger raises throughput, and the time between tokens of
+    whoever decodes beside a long prompt."""
+
+    max_chunk_tokens: int = Field(default=256, ge=1)
+    """Most tokens of one prompt in one step. Smaller lets KV travel earlier."""
+
+    max_sequences: int = Field(default=32, ge=1)
+    """Most sequences in one step."""
+
+    max_waiting: int = Field(default=1024, ge=1)
+    """Sequences waiting for blocks before new ones are refused with QUEUE_FULL."""
+
+    transport: Literal["auto", "shm", "stream"] = "auto"
+    """How KV may travel. `auto` uses the best that a pair of workers has in common."""
+
+    drain_s: float = Field(default=30.0, ge=0)
+    """How long requests under way may go on after SIGTERM."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_block_size(cls, given: object) -> object:
+        """Choices are compared as they are, and text from a flag is not yet a number."""
+        if isinstance(given, dict) and str(given.get("block_size", "")).isdigit():
+            return {**given, "block_size": int(given["block_size"])}
+        return given
+
+    @model_validator(mode="after")
+    def _possible(self) -> "WorkerSettings":
+        if self.budget_tokens < self.max_sequences:
+            raise ValueError(
+                f"budget_tokens: {self.budget_tokens} is less than max_sequences, "
+                f"{self.max_sequences}: every sequence needs a token in each step"
+            )
+        return self
