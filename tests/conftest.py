@@ -20,8 +20,8 @@ import kvrelay  # noqa: F401 - before anything imports gRPC, whose C core it qui
 SETTLE_S = 5.0
 """gRPC closes sockets, and kernels reap processes, a moment after they are told to."""
 
-LASTING = ("_poll_wrapper", "grpc", "asyncio_")
-"""Names of threads that outlive a test: grpcio's, kept for the life of the process, and those
+LASTING = ("_poll_wrapper", "grpc", "asyncio_", "tqdm_monitor")
+"""Names of threads that outlive a test: grpcio's and tqdm's, one for a whole process, and those
 of an event loop's own executor, which end with the loop."""
 
 

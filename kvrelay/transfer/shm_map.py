@@ -147,7 +147,7 @@ class PeerMemories:
                 memory = PeerMemory(connection, fd, said.num_blocks, said.num_bytes)
             except OSError as error:
                 raise PeerUnavailable(
-                    f"{said.num_bytes} bytes of {remote.worker_id} cannot be mapped"
+                    f"the memory of {remote.worker_id} cannot be mapped: {error.strerror}"
                 ) from error
             finally:
                 os.close(fd)

@@ -5,25 +5,18 @@
 2. A pull asks for the blocks in order and checks every frame before it is written.
 """
 
-import asyncio
 from collections.abc import Iterator, Sequence
-
-import grpc
 
 from kvrelay.clock import Clock
 from kvrelay.config import TlsFiles
 from kvrelay.errors import (
-    Cancelled,
-    HandoffLost,
     KvCorrupt,
-    NotFound,
     PeerUnavailable,
-    ServingError,
 )
 from kvrelay.kv.cache import KvCache
-from kvrelay.rpc import status
 from kvrelay.rpc.channels import Channels
 from kvrelay.transfer.base import BlockCopy, PullStats, RemoteHold
+from kvrelay.transfer.holder import told_by
 from kvrelay.types import TransportOffer
 from kvrelay.v1 import handoff_pb2, handoff_pb2_grpc
 
@@ -106,35 +99,18 @@ class StreamTransport:
             indexes=[copy.index for copy in copies],
         )
         landing = _Landing(self._cache, copies)
-        call = stub.Read(request)
-        try:
-            async for frame in call:
-                landing.write(frame)
-        except grpc.aio.AioRpcError as error:
-            raise _pull_error(error) from error
-        except asyncio.CancelledError:
-            # gRPC says the same when the call is cancelled under us, by `close`.
-            task = asyncio.current_task()
-            if self._is_closed and task is not None and not task.cancelling():
-                raise PeerUnavailable("the stream transport is closed") from None
-            raise
-        finally:
-            call.cancel()
+        with told_by(remote):
+            call = stub.Read(request)
+            try:
+                async for frame in call:
+                    landing.write(frame)
+            finally:
+                call.cancel()
         landing.finish()
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise PeerUnavailable("the stream transport is closed")
-
-
-def _pull_error(error: grpc.aio.AioRpcError) -> ServingError:
-    """What the holder's status means to a puller."""
-    said = status.from_grpc(error)
-    if isinstance(said, NotFound):
-        return HandoffLost(str(said), **said.details)
-    if isinstance(said, Cancelled):  # not by us: the holder ended the call while it stopped
-        return PeerUnavailable(str(said), **said.details)
-    return said
 
 
 class _Landing:

@@ -1,5 +1,6 @@
 """compose.yaml without Docker: it is well-formed, and what it says starts a deployment."""
 
+import asyncio
 import json
 import re
 import signal
@@ -8,13 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
+from kvrelay.client import Client, Pool
 from kvrelay.obs.metrics import CoordinatorMetrics, WorkerMetrics
 from kvrelay.types import Role
-from tests.support.compose import COMPOSE_DIR, LocalCompose, read_compose
+from tests.support.compose import COMPOSE_DIR, LocalCompose, read_compose, started_by_up
+from tests.support.deployment import CALM_WITHIN_S, is_idle, shared_memory
 
 WORKERS = ("prefill", "decode", "prefill-gpu", "decode-gpu")
 HEALTHY_WITHIN_S = 90.0
@@ -62,6 +66,17 @@ def test_a_service_may_finish_its_drain(service):
     drain_s = next(float(v) for k, v in spec["environment"].items() if k.endswith("_DRAIN_S"))
 
     assert float(spec["stop_grace_period"].removesuffix("s")) > drain_s
+
+
+@pytest.mark.parametrize(
+    ("profiles", "workers"),
+    [((), {"prefill", "decode"}), (("gpu",), {"prefill-gpu", "decode-gpu"})],
+)
+def test_one_kind_of_workers_starts(profiles, workers):
+    """
+    On CPU if nothing is said, on GPUs where their profile is asked for, never both.
+    """
+    assert started_by_up(profiles) == {"model", "coordinator"} | workers
 
 
 @pytest.mark.parametrize("service", ["prefill-gpu", "decode-gpu"])
@@ -113,8 +128,10 @@ def test_the_dashboard_shows_only_metrics_that_exist():
 def test_the_same_topology_answers_as_local_processes():
     """
     The file's own commands, environment and healthchecks start a deployment that answers the
-    question of its `ask` service, and every service ends well when it is stopped.
+    question of its `ask` service, and every service ends well when it is stopped: no block was
+    held any more, and no process or shared memory stays.
     """
+    memory_before = shared_memory()
     with LocalCompose(read_compose()["services"], {}) as compose:
         assert compose.run("model").returncode == 0
         running = [compose.start(name) for name in ("coordinator", "prefill", "decode")]
@@ -123,10 +140,15 @@ def test_the_same_topology_answers_as_local_processes():
 
         asked = compose.run("ask")
         assert asked.stdout.startswith("The capital of France is Paris."), asked.stderr
+        wait_until_idle(f"127.0.0.1:{compose.port('coordinator', 50051)}")
 
+        left = [psutil.Process(process.pid) for process in running]
+        left += [child for process in left for child in process.children(recursive=True)]
         for process in running:
             process.send_signal(signal.SIGTERM)
         assert [process.wait(45) for process in running] == [0, 0, 0]
+        assert not [process for process in left if process.is_running()]
+        assert shared_memory() <= memory_before
 
 
 def wait_until_healthy(compose: LocalCompose, service: str) -> None:
@@ -134,3 +156,19 @@ def wait_until_healthy(compose: LocalCompose, service: str) -> None:
     deadline_s = time.monotonic() + HEALTHY_WITHIN_S
     while not compose.is_healthy(service):
         assert time.monotonic() < deadline_s, f"{service} is not healthy"
+
+
+def wait_until_idle(grpc: str) -> None:
+    """Every block of every worker is free or cached, by a load told after the answer."""
+    asked_at_s = time.monotonic()
+
+    def is_idle_by_now(pool: Pool) -> bool:
+        elapsed_ms = (time.monotonic() - asked_at_s) * 1e3
+        return is_idle(pool) and all(m.load_age_ms < elapsed_ms for m in pool.members)
+
+    async def wait() -> None:
+        async with Client(grpc) as client, asyncio.timeout(CALM_WITHIN_S):
+            while not is_idle_by_now(await client.pool(timeout_s=10.0)):
+                await asyncio.sleep(0.05)  # nothing announces a change of the pool
+
+    asyncio.run(wait())

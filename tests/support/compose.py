@@ -10,7 +10,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,26 @@ def read_compose() -> dict[str, Any]:
     """The file as it stands, anchors resolved."""
     tree: dict[str, Any] = yaml.safe_load((COMPOSE_DIR / "compose.yaml").read_text())
     return tree
+
+
+def started_by_up(profiles: Iterable[str] = ()) -> set[str]:
+    """The services that `docker compose [--profile ...] up` starts.
+
+    Those without a profile and those with one that is active. Given profiles replace the ones
+    of COMPOSE_PROFILES, which `.env` beside the file sets.
+    """
+    default = dict(
+        line.split("=", 1)
+        for line in (COMPOSE_DIR / ".env").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
+    active = set(profiles) or set(default["COMPOSE_PROFILES"].split(","))
+    services = read_compose()["services"]
+    return {
+        name
+        for name, spec in services.items()
+        if not spec.get("profiles") or active & set(spec["profiles"])
+    }
 
 
 @dataclass(slots=True)

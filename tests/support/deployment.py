@@ -148,7 +148,7 @@ async def deployment(
         env: more environment, e.g. `KVRELAY_COORDINATOR_LOG_LEVEL`.
     """
     mark = secrets.token_hex(8)
-    shared_memory = _shared_memory()
+    memory_before = shared_memory()
     began_at_s = time.monotonic()
     process = await _spawn(
         *("--model", str(model), "--prefill", str(num_prefill), "--decode", str(num_decode)),
@@ -167,7 +167,7 @@ async def deployment(
         if process.returncode is None:
             await _end(process, log_dir)
         _wait_for_no(mark)
-        assert _shared_memory() <= shared_memory, "shared memory was left behind"
+        assert shared_memory() <= memory_before, "shared memory was left behind"
     finally:
         await _destroy(process, mark)
 
@@ -236,7 +236,8 @@ def _marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def _shared_memory() -> set[str]:
+def shared_memory() -> set[str]:
+    """Segments of ours, or of torch's, that have a name."""
     names = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
     return {name for name in names if name.startswith(("kvrelay", "torch_", "psm_"))}
 
