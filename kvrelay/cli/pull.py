@@ -11,7 +11,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.progress import Progress as BarDisplay
 
@@ -87,9 +86,8 @@ def shown(console: Console) -> Iterator[Progress]:
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=20),
         DownloadColumn(),
-        TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     bars = BarDisplay(*columns, console=console)

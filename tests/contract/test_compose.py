@@ -14,11 +14,11 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
-from kvrelay.client import Client, Pool
+from kvrelay.client import Client
 from kvrelay.obs.metrics import CoordinatorMetrics, WorkerMetrics
 from kvrelay.types import Role
 from tests.support.compose import COMPOSE_DIR, LocalCompose, read_compose, started_by_up
-from tests.support.deployment import CALM_WITHIN_S, is_idle, shared_memory
+from tests.support.deployment import shared_memory, until_idle
 
 WORKERS = ("prefill", "decode", "prefill-gpu", "decode-gpu")
 HEALTHY_WITHIN_S = 90.0
@@ -159,16 +159,10 @@ def wait_until_healthy(compose: LocalCompose, service: str) -> None:
 
 
 def wait_until_idle(grpc: str) -> None:
-    """Every block of every worker is free or cached, by a load told after the answer."""
-    asked_at_s = time.monotonic()
-
-    def is_idle_by_now(pool: Pool) -> bool:
-        elapsed_ms = (time.monotonic() - asked_at_s) * 1e3
-        return is_idle(pool) and all(m.load_age_ms < elapsed_ms for m in pool.members)
+    """Every block of every worker is free or cached."""
 
     async def wait() -> None:
-        async with Client(grpc) as client, asyncio.timeout(CALM_WITHIN_S):
-            while not is_idle_by_now(await client.pool(timeout_s=10.0)):
-                await asyncio.sleep(0.05)  # nothing announces a change of the pool
+        async with Client(grpc) as client:
+            await until_idle(client)
 
     asyncio.run(wait())

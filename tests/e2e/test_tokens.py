@@ -22,10 +22,14 @@ MAX_TOKENS = 16
 """Enough for every prompt to cross a block edge while it is continued."""
 
 NOISE = {"float32": 1e-3, "bfloat16": 0.5}
-"""Two logits nearer than this may change places between two right implementations. Measured:
-the largest gap at which they did is 0.0002 and 0.31; see the printed counts."""
+"""Two logits nearer than this may change places between two right implementations. Measured
+over 832 tokens each: none did in float32; 9 did in bfloat16, at gaps of 0.25 and less."""
 
-MAX_NEAR_TIES = {"float32": 0.002, "bfloat16": 0.06}
+LONGEST = {"float32": 600, "bfloat16": 1500}
+"""Longest prompt in tokens. Float32 is four times as slow; what it adds is that nothing at all
+need be excused. With all prompts it takes two minutes more, and finds the same."""
+
+MAX_NEAR_TIES = {"float32": 0.002, "bfloat16": 0.03}
 """Largest share of tokens that may be excused as near ties."""
 
 
@@ -53,9 +57,10 @@ async def test_greedy_tokens_through_a_handoff_equal_those_of_transformers(
     """
     At every position the token is the reference's likeliest one, given the tokens before it.
     """
-    flags = ("--dtype", dtype, "--disaggregate", "always")
+    asks = [ask for ask in asks if len(ask.prompt_ids) <= LONGEST[dtype]]
+    flags = ("--dtype", dtype, "--disaggregate", "always", "--threads", "2")
     async with deployed(real_model, tmp_path, *flags) as (_, asker):
-        answers = await asker.all(asks, at_once=2)
+        answers = await asker.all(asks, at_once=1)
     reference = Reference(real_model, dtype)
 
     gaps = []

@@ -72,30 +72,11 @@ class Deployment:
         self, holds: Callable[[Pool], bool], *, within_s: float = CALM_WITHIN_S
     ) -> Pool:
         """The pool, once the condition holds of it."""
-        pool: Pool | None = None
-        try:
-            async with asyncio.timeout(within_s):
-                while True:
-                    pool = await self.pool()
-                    if holds(pool):
-                        return pool
-                    await asyncio.sleep(_LOOK_EVERY_S)
-        except TimeoutError:
-            raise AssertionError(f"not within {within_s} s; the pool is {pool}") from None
+        return await until(self.client, holds, within_s=within_s)
 
     async def until_idle(self, *, within_s: float = CALM_WITHIN_S) -> Pool:
-        """The pool, once nothing runs and every block is free or cached.
-
-        Only loads that were sent since the call count: an older one may be from before the
-        request whose end is waited for.
-        """
-        asked_at_s = time.monotonic()
-
-        def is_idle_by_now(pool: Pool) -> bool:
-            elapsed_ms = (time.monotonic() - asked_at_s) * 1e3
-            return is_idle(pool) and all(m.load_age_ms < elapsed_ms for m in pool.members)
-
-        return await self.until(is_idle_by_now, within_s=within_s)
+        """The pool, once nothing runs and every block is free or cached."""
+        return await until_idle(self.client, within_s=within_s)
 
     async def until_restarted(self, worker_id: str, *, old_pid: int) -> Member:
         """The worker in its next life, after its old process died."""
@@ -113,6 +94,35 @@ class Deployment:
         """What all processes have said."""
         files = sorted(self.log_dir.glob("*.log"))
         return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in files)
+
+
+async def until(client: Client, holds: Callable[[Pool], bool], *, within_s: float) -> Pool:
+    """The pool, once the condition holds of it."""
+    pool: Pool | None = None
+    try:
+        async with asyncio.timeout(within_s):
+            while True:
+                pool = await client.pool(timeout_s=10.0)
+                if holds(pool):
+                    return pool
+                await asyncio.sleep(_LOOK_EVERY_S)
+    except TimeoutError:
+        raise AssertionError(f"not within {within_s} s; the pool is {pool}") from None
+
+
+async def until_idle(client: Client, *, within_s: float = CALM_WITHIN_S) -> Pool:
+    """The pool, once nothing runs and every block is free or cached.
+
+    Only loads that were sent since the call count: an older one may be from before the
+    request whose end is waited for.
+    """
+    asked_at_s = time.monotonic()
+
+    def is_idle_by_now(pool: Pool) -> bool:
+        elapsed_ms = (time.monotonic() - asked_at_s) * 1e3
+        return is_idle(pool) and all(m.load_age_ms < elapsed_ms for m in pool.members)
+
+    return await until(client, is_idle_by_now, within_s=within_s)
 
 
 def is_idle(pool: Pool) -> bool:
