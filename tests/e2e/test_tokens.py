@@ -58,9 +58,9 @@ async def test_greedy_tokens_through_a_handoff_equal_those_of_transformers(
     At every position the token is the reference's likeliest one, given the tokens before it.
     """
     asks = [ask for ask in asks if len(ask.prompt_ids) <= LONGEST[dtype]]
-    flags = ("--dtype", dtype, "--disaggregate", "always", "--threads", "2")
+    flags = ("--dtype", dtype, "--disaggregate", "always")
     async with deployed(real_model, tmp_path, *flags) as (_, asker):
-        answers = await asker.all(asks, at_once=1)
+        answers = await asker.all(asks, at_once=2)
     reference = Reference(real_model, dtype)
 
     gaps = []
