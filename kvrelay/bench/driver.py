@@ -74,6 +74,7 @@ class Driver:
                 ask = self._make_ask(index, item)  # before it is due, or it would be late
                 await self._timeline.sleep_until(self._began_at_s + item.at_s)
                 group.create_task(self._one(index, ask, scheduled_s=item.at_s))
+                await asyncio.sleep(0)  # it goes out before the next is made
         return self._in_order()
 
     async def closed_loop(

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -108,8 +109,9 @@ class Screen:
             self._status = None
 
     def say(self, line: str) -> None:
-        """One line for a person."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        """One line for a person, if there still is one: the terminal may be gone."""
+        with suppress(OSError):
+            self.console.print(line, markup=False, soft_wrap=True)
 
     def show(self, event: Event) -> None:
         """Take an event of a process."""
@@ -121,7 +123,8 @@ class Screen:
             self.say(f"{event.name} {event.text}")
         self._states[event.name] = event.kind
         if self._status is not None:
-            self._status.update(self._summary())
+            with suppress(OSError):
+                self._status.update(self._summary())
 
     def _summary(self) -> str:
         listening = [name for name, state in self._states.items() if state == "listening"]

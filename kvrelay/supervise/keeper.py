@@ -115,10 +115,13 @@ class Keeper:
         while not self._stopping.is_set():
             self.on_event(Event(self.name, "starting"))
             started_at_s = self.clock.now()
-            status = await self._live()
+            try:
+                status = await self._live()
+                problem = _describe(status)
+            except OSError as error:  # no memory, process or descriptor left to start it with
+                status, problem = None, f"could not be started: {error.strerror}"
             if self._stopping.is_set():
                 return
-            problem = _describe(status)
             num_deaths += 1
             hopeless = status == BAD_SETTINGS or num_deaths >= MAX_FAILED_STARTS
             if hopeless and not self._is_trusted:

@@ -49,17 +49,26 @@ class LogFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self.num_dropped = 0
+        """Lines that could not be written, because the disk is full for one."""
+
         self._file: BinaryIO = path.open("ab", buffering=0)
         self._num_bytes = path.stat().st_size
 
     def write(self, line: str) -> None:
-        """Append a line, which has no newline."""
+        """Append a line, which has no newline; or drop and count it. Never raises: a process
+        that nobody reads would stand still in the middle of a word.
+        """
         self.tail.append(line)
         data = line.encode(errors="replace") + b"\n"
-        if self._num_bytes + len(data) > MAX_FILE_BYTES:
-            self._rotate()
-        self._file.write(data)
-        self._num_bytes += len(data)
+        try:
+            if self._num_bytes + len(data) > MAX_FILE_BYTES:
+                self._rotate()
+            self._file.write(data)
+        except (OSError, ValueError):  # ValueError: it could not be opened anew
+            self.num_dropped += 1
+        else:
+            self._num_bytes += len(data)
 
     def close(self) -> None:
         self._file.close()

@@ -1,6 +1,7 @@
 """The supervisor, with small real processes in place of services."""
 
 import asyncio
+import errno
 import os
 import select
 import signal
@@ -16,7 +17,7 @@ import pytest
 from kvrelay.clock import MonotonicClock
 from kvrelay.supervise import launch
 from kvrelay.supervise.backoff import Backoff
-from kvrelay.supervise.child import Address
+from kvrelay.supervise.child import Address, Child
 from kvrelay.supervise.keeper import MAX_FAILED_STARTS, Event, Keeper, ProcessFailed
 from kvrelay.supervise.logs import LogFile
 
@@ -220,6 +221,26 @@ async def test_endless_lines_do_not_fill_memory(tmp_path):
     assert sum(map(len, said[:-2])) == 300_000
     assert max(map(len, said)) <= 2 * 64 * 1024
     assert said[-1] == "end"
+
+
+async def test_a_process_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
+    """
+    Want of memory or descriptors passes, and then the process is wanted still.
+    """
+    watcher = Watcher()
+    spawn, problems = Child.spawn, [OSError(errno.EAGAIN, "no more processes")]
+
+    async def scarce(argv, *, env):
+        if problems:
+            raise problems.pop()
+        return await spawn(argv, env=env)
+
+    monkeypatch.setattr(Child, "spawn", scarce)
+    async with keeping(tmp_path, SERVE, watcher) as keeper:
+        assert await keeper.listening() == Address(grpc="h:1", http="h:2")
+        assert "could not be started: no more processes" in next(
+            event.text for event in watcher.events if event.kind == "died"
+        )
 
 
 def test_a_process_dies_with_its_parent():

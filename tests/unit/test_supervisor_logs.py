@@ -1,6 +1,7 @@
 """What becomes of the words of child processes."""
 
 import json
+import os
 
 import pytest
 
@@ -77,3 +78,23 @@ def test_only_the_newest_runs_are_kept(tmp_path, monkeypatch):
     kept = {path.name for path in tmp_path.iterdir()}
 
     assert kept == {"1-1", "3-999999999", "4-999999999"}
+
+
+def test_a_full_disk_costs_words_and_nothing_else(tmp_path):
+    """
+    Lines that cannot be written are dropped and counted, and the next one is tried again.
+    """
+    log = LogFile(tmp_path / "thing.log")
+    log.write("kept")
+    disk = os.dup(log._file.fileno())
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), log._file.fileno())
+    log.write("dropped")
+    os.dup2(disk, log._file.fileno())
+    os.close(disk)
+    log.write("kept again")
+    log.close()
+
+    assert log.num_dropped == 1
+    assert log.path.read_text() == "kept\nkept again\n"
+    assert list(log.tail) == ["kept", "dropped", "kept again"]
