@@ -30,8 +30,10 @@ def draw(runs: list[Run], targets: Targets, *, title: str, path: Path) -> None:
     goodput, ttft = figure.subplots(2, 1, sharex=True)
     timed = sorted((run for run in runs if run.rate), key=lambda run: run.rate or 0.0)
     rates = [run.rate for run in timed]
-    goodput.plot(rates, rates, color="0.7", linestyle="--", label="all requests")
-    goodput.plot(rates, [run.totals.goodput_per_s for run in timed], marker="o", label="goodput")
+    came = [run.totals.offered_per_s or run.rate for run in timed]
+    good = [run.totals.goodput_per_s for run in timed]
+    goodput.plot(rates, came, color="0.7", linestyle="--", label="requests that came")
+    goodput.plot(rates, good, marker="o", clip_on=False, label="goodput")
     goodput.set_ylabel("requests/s")
     goodput.set_title(f"{title}\ngood: {targets_text(targets)}", fontsize=10)
     for number in ("p50", "p99"):

@@ -19,6 +19,8 @@ LAG_P99_LIMIT_S = 0.010
 """A generator later than this was not the load it was asked to be."""
 
 CPU_SHARE_LIMIT = 0.8
+RATE_LIMIT = 0.2
+"""Poisson arrivals of fifty requests or more seldom miss their rate by this share."""
 
 HEADINGS = ("", "p50", "p90", "p99", "max")
 
@@ -106,6 +108,12 @@ def warnings(run: Run) -> list[str]:
         found.append(
             f"{_count(totals.num_short, 'answer')} shorter than asked for: "
             "the server ended by itself"
+        )
+    came = totals.offered_per_s
+    if run.rate and came and abs(came / run.rate - 1) > RATE_LIMIT:
+        found.append(
+            f"{came:.2f} requests/s came where {run.rate:g} were asked for: "
+            "a longer run comes closer"
         )
     lag = totals.measures["lag_s"]
     if lag is not None and lag.p99 > LAG_P99_LIMIT_S:

@@ -72,6 +72,13 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class Loop(StrEnum):
+    """What decides when a request of a benchmark is sent."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+
+
 @app.command()
 def pull(
     source: Annotated[
@@ -269,6 +276,88 @@ def explain(
     from kvrelay.cli import explain as command
 
     command.explain(Target(target, context.obj), request_id, as_json=as_json)
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    http: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            callback=lambda value: checked(value) if value else None,
+            help="Ask an OpenAI-style HTTP server there instead, ours or another.",
+        ),
+    ] = None,
+    mode: Annotated[
+        Loop, typer.Option(help="closed: clients ask in turn; open: requests come at a rate.")
+    ] = Loop.CLOSED,
+    clients: Annotated[
+        int, typer.Option(min=1, max=4096, help="Of the closed loop and the warm-up.")
+    ] = 1,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(min=1e-3, help="Requests per second of an open loop; repeatable."),
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="Of each run. Default: 64.")
+    ] = None,
+    duration_s: Annotated[
+        float | None, typer.Option(min=0.001, help="Start no request of a run after this long.")
+    ] = None,
+    mix: Annotated[
+        str, typer.Option(metavar="PROMPT:OUTPUT[:WEIGHT],...", help="Lengths in tokens.")
+    ] = "128:32",
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="Times and lengths in Mooncake's format."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_U64, help="Same seed, same work.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="Of every request.")] = 0.0,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts are of token ids below. Default: the model's."),
+    ] = None,
+    ttft_slo_s: Annotated[float, typer.Option(min=0, help="Target of goodput.")] = 1.0,
+    tpot_slo_s: Annotated[float, typer.Option(min=0, help="Target of goodput.")] = 0.1,
+    warm_up: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Requests before all runs, not counted.")
+    ] = 4,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, metavar="S", help="Give up on one request after this.")
+    ] = 300.0,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every number there.")
+    ] = None,
+    plot_path: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE.png", help="Draw goodput and TTFT against the rate."),
+    ] = None,
+    target: Address = DEFAULT,
+) -> None:
+    """Measure latency, throughput and goodput of a running deployment."""
+    from kvrelay.cli import bench as command
+
+    options = command.Options(
+        http=http,
+        is_open_loop=mode is Loop.OPEN,
+        clients=clients,
+        rates=tuple(rate or ()),
+        requests=requests,
+        duration_s=duration_s,
+        mix=mix,
+        trace=trace,
+        seed=seed,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        ttft_slo_s=ttft_slo_s,
+        tpot_slo_s=tpot_slo_s,
+        warm_up=warm_up,
+        timeout_s=timeout,
+        json_path=json_path,
+        plot_path=plot_path,
+    )
+    command.bench(Target(target, context.obj), options)
 
 
 @app.command(hidden=True)

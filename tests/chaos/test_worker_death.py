@@ -5,34 +5,17 @@ so every stream must end exactly as it did then.
 """
 
 import asyncio
-import contextlib
 import os
 import signal
 
 import pytest
 
-from tests.support.asking import Answer, Ask, Asker
-from tests.support.deployment import deployment
+from tests.support.asking import Answer, Ask, deployed
 from tests.support.prompts import prompts
 
 pytestmark = [pytest.mark.chaos, pytest.mark.realmodel, pytest.mark.timeout(240)]
 
 ALWAYS = ("--disaggregate", "always")
-
-
-@contextlib.asynccontextmanager
-async def deployed(model, log_dir, *flags, num_prefill=1, num_decode=1):
-    async with (
-        deployment(
-            model,
-            log_dir=log_dir,
-            num_prefill=num_prefill,
-            num_decode=num_decode,
-            flags=flags or ALWAYS,
-        ) as it,
-        Asker(it.grpc) as asker,
-    ):
-        yield it, asker
 
 
 async def read_until(stream, answer: Answer, num_tokens: int) -> None:
@@ -57,7 +40,7 @@ async def test_a_stream_survives_the_death_of_its_decode_worker(temperature, rea
     SIGKILL in mid-stream with another alive: the stream is whole, its tokens the same.
     """
     ask = Ask(prompts(real_model)[40], max_tokens=96, temperature=temperature, seed=11)
-    async with deployed(real_model, tmp_path, num_decode=2) as (it, asker):
+    async with deployed(real_model, tmp_path, *ALWAYS, num_decode=2) as (it, asker):
         expected = (await asker.one(ask)).token_ids
         answer = Answer()
         stream = aiter(asker.stub.Generate(ask.message, timeout=120))
@@ -80,7 +63,7 @@ async def test_a_stream_survives_the_death_of_its_prefill_worker_in_mid_prompt(
     SIGKILL while the prompt is computed: it is prefilled again elsewhere, the answer the same.
     """
     ask = Ask(prompts(real_model)[-1], max_tokens=16)
-    async with deployed(real_model, tmp_path, num_prefill=2) as (it, asker):
+    async with deployed(real_model, tmp_path, *ALWAYS, num_prefill=2) as (it, asker):
         asking = asyncio.create_task(asker.one(ask))
         name = await worker_of(it, "prefill")
         pid = await it.signal(name, signal.SIGKILL)
@@ -97,7 +80,7 @@ async def test_sixteen_streams_survive_one_death_after_another(real_model, tmp_p
     Every worker is killed once under load, and every caller has the tokens of the calm run.
     """
     asks = [Ask(p, 64, temperature=0.7, seed=i) for i, p in enumerate(prompts(real_model)[20:36])]
-    async with deployed(real_model, tmp_path, num_prefill=2, num_decode=2) as (it, asker):
+    async with deployed(real_model, tmp_path, *ALWAYS, num_prefill=2, num_decode=2) as (it, asker):
         expected = [a.token_ids for a in await asker.all(asks, at_once=16)]
         for name in ("decode-0", "prefill-0", "decode-1", "prefill-1"):
             asking = asyncio.create_task(asker.all(asks, at_once=16))
@@ -114,7 +97,7 @@ async def test_a_decode_worker_that_stops_answering_is_replaced(real_model, tmp_
     SIGSTOP looks like nothing at all: silence is noticed, and late words are not heard.
     """
     ask = Ask(prompts(real_model)[30], max_tokens=64)
-    async with deployed(real_model, tmp_path, num_decode=2) as (it, asker):
+    async with deployed(real_model, tmp_path, *ALWAYS, num_decode=2) as (it, asker):
         expected = (await asker.one(ask)).token_ids
         answer = Answer()
         stream = aiter(asker.stub.Generate(ask.message, timeout=120))
@@ -135,7 +118,7 @@ async def test_the_last_decode_worker_may_die_too(real_model, tmp_path):
     With nobody left the stream waits for the restart, and then goes on.
     """
     ask = Ask(prompts(real_model)[25], max_tokens=48)
-    async with deployed(real_model, tmp_path) as (it, asker):
+    async with deployed(real_model, tmp_path, *ALWAYS) as (it, asker):
         expected = (await asker.one(ask)).token_ids
         answer = Answer()
         stream = aiter(asker.stub.Generate(ask.message, timeout=120))

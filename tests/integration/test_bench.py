@@ -337,7 +337,10 @@ async def test_the_command_prints_a_report_and_writes_its_numbers(tmp_path):
 async def test_the_command_fails_where_every_request_does():
     """But it still says why."""
     async with serving(ScriptedRelay(refusal=QueueFull(what="x", queued=1, limit=1))) as served:
-        status, out, _ = await kvrelay("bench", "--http", served.address, "--requests", "2")
+        status, out, _ = await kvrelay(
+            *("bench", "--http", served.address, "--requests", "2"),
+            *("--mix", "8:2", "--vocab-size", "90"),
+        )
 
     assert status == 1
     assert "2 requests failed: QUEUE_FULL 2" in out

@@ -1,11 +1,14 @@
 """Asking a running deployment for tokens, over its public stubs."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from kvrelay.rpc.channel import open_channel
 from kvrelay.v1 import common_pb2, generate_pb2, generate_pb2_grpc
+from tests.support.deployment import Deployment, deployment
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +80,15 @@ class Asker:
                 return await self.one(ask)
 
         return await asyncio.gather(*(one(ask) for ask in asks))
+
+
+@asynccontextmanager
+async def deployed(
+    model: Path, log_dir: Path, *flags: str, num_prefill: int = 1, num_decode: int = 1
+) -> AsyncIterator[tuple[Deployment, Asker]]:
+    """A deployment of its own, and somebody to ask it."""
+    start = deployment(
+        model, log_dir=log_dir, num_prefill=num_prefill, num_decode=num_decode, flags=flags
+    )
+    async with start as it, Asker(it.grpc) as asker:
+        yield it, asker

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 
 import pytest
 
@@ -33,10 +34,10 @@ def plan(**given):
     return Plan(**(fields | given))
 
 
-def record(index=0, *, sent_s=0.0, error="", output_tokens=3):
+def record(index=0, *, scheduled_s=0.0, sent_s=0.0, error="", output_tokens=3):
     return Record(
         index=index,
-        scheduled_s=0.0,
+        scheduled_s=scheduled_s,
         sent_s=sent_s,
         ended_s=2.0,
         prompt_tokens=10,
@@ -101,6 +102,7 @@ def test_an_honest_run_has_no_warning():
         (run(record(), record(1, error="QUEUE_FULL")), "1 request failed: QUEUE_FULL 1"),
         (run(record(output_tokens=2)), "1 answer shorter than asked for"),
         (run(record(sent_s=0.2)), "the generator fell behind: lag p99 200 ms is over 10.0 ms"),
+        (run(record(), record(1, scheduled_s=0.25, sent_s=0.25)), "4.00 requests/s came where 2"),
         (run(record(), cpu=0.95), "the generator used 95% of a core"),
     ],
 )
@@ -181,13 +183,23 @@ def test_a_mix_that_cannot_be_served_is_refused_at_once():
     plan().check(Served(model="m", context_tokens=None, vocab_size=None))
 
 
-def test_a_picture_is_drawn_or_its_extra_named(tmp_path):
-    """The extra is optional."""
-    path = tmp_path / "goodput.png"
-    runs = [run(record()), run(record(error="X"), rate=4.0)]
-    try:
-        plot.draw(runs, TARGETS, title="t", path=path)
-    except SettingsError as error:
-        assert "pip install 'kvrelay[plot]'" in str(error)
-    else:
-        assert path.read_bytes().startswith(b"\x89PNG")
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """Drawn before the test, since matplotlib keeps the fonts open that it has read."""
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    path = tmp_path_factory.mktemp("plot") / "goodput.png"
+    plot.draw([run(record()), run(record(error="X"), rate=4.0)], TARGETS, title="t", path=path)
+    return path
+
+
+def test_a_picture_is_drawn(picture):
+    """Also where nothing finished at some rate."""
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_its_extra_a_picture_is_refused(monkeypatch):
+    """With what to install."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+    with pytest.raises(SettingsError, match=r"pip install 'kvrelay\[plot\]'"):
+        plot.require()

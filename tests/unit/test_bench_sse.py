@@ -1,5 +1,7 @@
 """Events out of a stream of bytes."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ def test_events_are_the_same_however_they_were_cut(events, cuts, end):
     bounds = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
     parser = SseParser()
     found = []
-    for begin, stop in zip(bounds, bounds[1:], strict=False):
+    for begin, stop in itertools.pairwise(bounds):
         found += parser.feed(stream[begin:stop])
 
     assert found == events

@@ -50,7 +50,8 @@ def test_a_mix_is_read_as_it_is_written():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "100", "1:2:3:4", "a:1", "0:5", "5:0", "-1:5", "1:1:0", "1:1:inf", "1:1:nan", "1:1,"]
+    "text",
+    ["", "100", "1:2:3:4", "a:1", "0:5", "5:0", "-1:5", "1:1:0", "1:1:inf", "1:1:nan", "1:1,"],
 )
 def test_what_is_no_mix_is_refused(text):
     """Naming the part that is wrong."""
