@@ -116,8 +116,8 @@ class WorkerLink:
         return decode_pb2_grpc.DecodeServiceStub(channel).Decode(self._outgoing())
 
     async def _outgoing(self) -> AsyncIterator[Any]:
-        while True:
-            yield await self._outbox.get()
+        while (instruction := await self._outbox.get()) is not None:
+            yield instruction
 
     def _deliver(self, answer: Answer) -> None:
         if answer.header.epoch != self._identity.epoch:
@@ -146,6 +146,7 @@ class WorkerLink:
         if self._ended is not None:
             return
         self._ended = error
+        self._outbox.put_nowait(None)  # or gRPC's reader of a call that broke waits here for ever
         self._on_end()
         inboxes, self._inboxes = self._inboxes, {}
         if inboxes:

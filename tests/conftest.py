@@ -17,6 +17,8 @@ import pytest
 
 import kvrelay  # noqa: F401 - before anything imports gRPC, whose C core it quietens
 
+pytest_plugins = ["pytester"]
+
 SETTLE_S = 5.0
 """gRPC closes sockets, and kernels reap processes, a moment after they are told to."""
 
@@ -103,11 +105,10 @@ def _require_blocks_given_back(engines) -> None:
         assert held == 0, f"{held} blocks still held"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem):
+def pytest_itemcollected(item):
     """Have every async test end without a task of its own still running."""
-    if asyncio.iscoroutinefunction(pyfuncitem.obj):
-        pyfuncitem.obj = _without_tasks_left(pyfuncitem.obj)
+    if asyncio.iscoroutinefunction(getattr(item, "obj", None)):
+        item.obj = _without_tasks_left(item.obj)
 
 
 def _without_tasks_left(test):

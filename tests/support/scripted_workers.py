@@ -6,7 +6,6 @@ prompt, or the wrong emitted tokens, gives wrong tokens. Tests hold a worker bac
 """
 
 import asyncio
-import contextlib
 import hashlib
 from collections.abc import AsyncIterator
 
@@ -79,7 +78,7 @@ class ScriptedWorker:
             max_sequences=8,
             offers=OFFERS,
         )
-        self._joining = None
+        self._joining = self._former = None
         return self
 
     async def __aexit__(self, *_):
@@ -97,7 +96,6 @@ class ScriptedWorker:
     def join_again(self, coordinator: str) -> None:
         """While the first membership still stands; it is told off by the coordinator."""
         self._former = self._joining
-        self._former_membership = self.membership
         self.join(coordinator)
 
     def allow(self, num_messages: int) -> None:
@@ -106,11 +104,11 @@ class ScriptedWorker:
 
     async def vanish(self) -> None:
         """As if killed: membership and sessions break off."""
-        if self._joining is not None:
-            self._joining.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ServingError):
-                await self._joining
-            self._joining = None
+        joining = [task for task in (self._joining, self._former) if task is not None]
+        for task in joining:
+            task.cancel()
+        await asyncio.gather(*joining, return_exceptions=True)
+        self._joining = self._former = None
         await self.server.stop(None)
         for task in list(self._tasks.values()):
             task.cancel()
