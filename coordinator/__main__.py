@@ -22,7 +22,7 @@ from coordinator.lifecycle import Patience
 from coordinator.pool import Pool
 from coordinator.registry import Registry
 from coordinator.relay import Relay
-from coordinator.request import ModelInfo
+from coordinator.request import ModelInfo, sampling_defaults
 from coordinator.router import Disaggregate, PrefixMap, Router, RouteRules
 from coordinator.service import GenerateServicer, PoolServicer
 from coordinator.tokenizer import Tokenizer
@@ -62,6 +62,7 @@ async def _serve(config: CoordinatorConfig) -> None:
         eos_token_ids=tuple(tokenizer.eos_token_ids),
         default_max_tokens=min(config.default_max_tokens, tokenizer.context_length),
         disaggregate=config.disaggregate,
+        sampling=sampling_defaults(tokenizer.generation_config),
     )
     clock = MonotonicClock()
     prometheus = CollectorRegistry()

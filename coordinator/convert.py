@@ -172,6 +172,12 @@ def model_to_wire(model: ModelInfo) -> generate_pb2.GetModelResponse:
         eos_token_ids=model.eos_token_ids,
         default_max_tokens=model.default_max_tokens,
         disaggregate=model.disaggregate,
+        default_sampling=common_pb2.SamplingParams(
+            temperature=model.sampling.temperature,
+            top_k=model.sampling.top_k,
+            top_p=model.sampling.top_p,
+            min_p=model.sampling.min_p,
+        ),
     )
 
 

@@ -5,6 +5,7 @@ within the suspicion time, and our session with it stands. Whichever ends first 
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -14,7 +15,7 @@ from coordinator.registry import Member, Registry
 from coordinator.router import Placement, Router, RouteRequest
 from coordinator.workers import Attempt, Inbox, Workers
 from kvrelay.clock import Clock
-from kvrelay.types import WorkerIdentity, WorkerLoad
+from kvrelay.types import Role, WorkerIdentity, WorkerLoad
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +57,12 @@ class Pool:
     def members(self) -> list[Member]:
         """All members, prefill workers first."""
         return list(self._registry)
+
+    @property
+    def able(self) -> str:
+        """Who could be given work, for people."""
+        counts = Counter(m.identity.role for m in self._registry if m.takes_work)
+        return f"{counts[Role.PREFILL]} prefill and {counts[Role.DECODE]} decode workers take work"
 
     @property
     def block_size(self) -> int:

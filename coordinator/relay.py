@@ -236,11 +236,12 @@ class Relay:
         )
 
     def _sampling(self, spec: GenerateSpec) -> SamplingParams:
+        default = self.model.sampling
         return SamplingParams(
-            temperature=1.0 if spec.temperature is None else spec.temperature,
-            top_k=spec.top_k or 0,
-            top_p=1.0 if spec.top_p is None else spec.top_p,
-            min_p=spec.min_p or 0.0,
+            temperature=default.temperature if spec.temperature is None else spec.temperature,
+            top_k=default.top_k if spec.top_k is None else spec.top_k,
+            top_p=default.top_p if spec.top_p is None else spec.top_p,
+            min_p=default.min_p if spec.min_p is None else spec.min_p,
             seed=self._mint_seed() if spec.seed is None else spec.seed,
         )
 

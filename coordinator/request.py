@@ -5,7 +5,7 @@ what can never succeed, by field, before anything is tokenized, allocated or que
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvrelay.errors import InvalidRequest
@@ -68,6 +68,16 @@ class GenerateSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """What applies where a caller gives nothing: the model's makers know best."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """What is served and with which limits."""
 
@@ -78,6 +88,23 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     default_max_tokens: int
     disaggregate: str
+    sampling: SamplingDefaults = SamplingDefaults()
+
+
+def sampling_defaults(generation_config: Mapping[str, object]) -> SamplingDefaults:
+    """What a model's `generation_config.json` recommends, so far as it is within bounds."""
+
+    def number(name: str, is_possible: Callable[[float], bool], otherwise: float) -> float:
+        value = generation_config.get(name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if is_number and is_possible(value) else otherwise  # type: ignore[arg-type]
+
+    return SamplingDefaults(
+        temperature=number("temperature", lambda t: 0 <= t <= 2, 1.0),
+        top_k=int(number("top_k", lambda k: 0 <= k < 1 << 31, 0)),
+        top_p=number("top_p", lambda p: 0 < p <= 1, 1.0),
+        min_p=number("min_p", lambda p: 0 <= p < 1, 0.0),
+    )
 
 
 def check(spec: GenerateSpec, model: ModelInfo) -> None:
@@ -126,6 +153,8 @@ def check_prompt(prompt: Prompt, model: ModelInfo) -> None:
                     )
                 _text(f"messages[{i}].content", message.content, MAX_TEXT_CHARS)
             num_chars = sum(len(m.content) for m in messages)
+            if num_chars == 0:
+                raise InvalidRequest("messages", "must not all be empty")
             _number("messages", num_chars, 0, MAX_TEXT_CHARS)
         case TokenPrompt(token_ids=token_ids):
             if not token_ids:

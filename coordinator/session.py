@@ -128,7 +128,8 @@ class Session:
             except TimeoutError:
                 self._require_time()
                 raise NoWorker(
-                    f"no suitable worker within {limit_s} s", queue_limit_s=limit_s
+                    f"no suitable worker within {limit_s} s: {self._pool.able}",
+                    queue_limit_s=limit_s,
                 ) from None
             is_news = True
 

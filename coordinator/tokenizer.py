@@ -62,8 +62,9 @@ class Tokenizer:
             config.get("bos_token_id"),
             self._spelled_id(special_tokens.get("bos_token")),
         )
+        self.generation_config = _optional_json(model_dir / GENERATION_CONFIG)
         self.eos_token_ids = _ids(
-            _optional_json(model_dir / GENERATION_CONFIG).get("eos_token_id"),
+            self.generation_config.get("eos_token_id"),
             config.get("eos_token_id"),
             self._spelled_id(special_tokens.get("eos_token")),
         )

@@ -102,8 +102,10 @@ class Membership:
             log.error("pool.refused", problem=str(error), **error.details)
             raise
         except ServingError as error:
-            # Once per cause: a coordinator that is away for an hour is one event.
-            if str(error) != self._last_problem:
+            # Once per cause: a coordinator that is away for an hour is one event. To part while
+            # we drain is no event at all.
+            is_parting = self._is_leaving or self._load().is_draining
+            if str(error) != self._last_problem and not is_parting:
                 self._last_problem = str(error)
                 log.warning(
                     "pool.not_joined",

@@ -1,7 +1,9 @@
 """One GGUF file in, the files of a model directory out."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from kvrelay.store import gguf_config, gguf_tokenizer, gguf_weights
 from kvrelay.store.gguf_file import GgufFile
@@ -11,8 +13,16 @@ from kvrelay.store.progress import Progress
 WEIGHTS = "model.safetensors"
 
 
-def convert(source: Path, into: Path, *, progress: Progress) -> list[ModelFile]:
+def convert(
+    source: Path,
+    into: Path,
+    *,
+    progress: Progress,
+    sampling: Mapping[str, float] = MappingProxyType({}),
+) -> list[ModelFile]:
     """Write the model in `source` to the empty directory `into`.
+
+    `sampling` goes into its `generation_config.json` beside what the file itself says.
 
     Raises:
         ModelInvalid: something in the file is missing, damaged or not supported.
@@ -23,7 +33,9 @@ def convert(source: Path, into: Path, *, progress: Progress) -> list[ModelFile]:
     gguf_tokenizer.build_tokenizer(file).save(str(into / TOKENIZER), pretty=False)
     _write_json(into / "tokenizer_config.json", gguf_tokenizer.tokenizer_config(file))
     _write_json(into / CONFIG, config)
-    _write_json(into / "generation_config.json", gguf_config.generation_config(file))
+    _write_json(
+        into / "generation_config.json", {**gguf_config.generation_config(file), **sampling}
+    )
     template = gguf_tokenizer.chat_template(file)
     if template is not None:
         (into / "chat_template.jinja").write_text(template, encoding="utf-8")

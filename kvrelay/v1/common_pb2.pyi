@@ -69,7 +69,9 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """How the next token is chosen. Absent fields take the defaults named here."""
+    """How the next token is chosen. Absent fields take the model's own defaults, which are in
+    `GetModelResponse.default_sampling`, or else those named here.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

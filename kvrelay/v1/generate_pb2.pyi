@@ -434,6 +434,7 @@ class GetModelResponse(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     DEFAULT_MAX_TOKENS_FIELD_NUMBER: _builtins.int
     DISAGGREGATE_FIELD_NUMBER: _builtins.int
+    DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name by which requests may ask for it."""
     model_digest: _builtins.str
@@ -450,6 +451,10 @@ class GetModelResponse(_message.Message):
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens at which the model ends by itself."""
 
+    @_builtins.property
+    def default_sampling(self) -> _common_pb2.SamplingParams:
+        """How tokens are chosen where a request does not say; the seed is then minted."""
+
     def __init__(
         self,
         *,
@@ -460,10 +465,11 @@ class GetModelResponse(_message.Message):
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         default_max_tokens: _builtins.int = ...,
         disaggregate: _builtins.str = ...,
+        default_sampling: _common_pb2.SamplingParams | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "default_max_tokens", b"default_max_tokens", "disaggregate", b"disaggregate", "eos_token_ids", b"eos_token_ids", "model", b"model", "model_digest", b"model_digest", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "default_max_tokens", b"default_max_tokens", "default_sampling", b"default_sampling", "disaggregate", b"disaggregate", "eos_token_ids", b"eos_token_ids", "model", b"model", "model_digest", b"model_digest", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

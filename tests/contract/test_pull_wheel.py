@@ -44,6 +44,7 @@ def model(index: Path, tmp_path: Path) -> WheelModel:
         member=MEMBER,
         sha256=hashlib.sha256(content).hexdigest(),
         num_bytes=len(content),
+        sampling={},
     )
 
 

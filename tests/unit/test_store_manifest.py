@@ -83,9 +83,9 @@ def test_a_missing_shard_is_named(model_dir: Path) -> None:
         "no json",
         "[]",
         "{}",
-        '{"format": 2, "name": "x", "files": {}}',
-        '{"format": 1, "name": "x", "files": {"../x": {"sha256": "", "num_bytes": 1}}}',
-        '{"format": 1, "name": "x", "files": {"config.json": {"num_bytes": 1}}}',
+        '{"format": 1, "name": "x", "files": {}}',
+        '{"format": 2, "name": "x", "files": {"../x": {"sha256": "", "num_bytes": 1}}}',
+        '{"format": 2, "name": "x", "files": {"config.json": {"num_bytes": 1}}}',
         "[" * 100_000,
     ],
 )
