@@ -135,7 +135,7 @@ def _count(number: int, noun: str) -> str:
 
 SWEEP_HEADINGS = (
     *("rate", "failed", "TTFT p50", "TTFT p99", "ITL p99", "TPOT p99", "max stall"),
-    *("output tok/s", "goodput", "met"),
+    *("output tok/s", "goodput /s", "met"),
 )
 
 
@@ -160,7 +160,7 @@ def _sweep_row(run: Run) -> Row:
         of("tpot_s", "p99"),
         of("max_stall_s", "max"),
         f"{totals.output_tokens_per_s:.1f}",
-        f"{totals.goodput_per_s:.2f} /s",
+        f"{totals.goodput_per_s:.2f}",
         f"{totals.attainment:.0%}",
     )
 

@@ -72,6 +72,15 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class BlockSize(StrEnum):
+    """Token slots that a KV block may have."""
+
+    OF_8 = "8"
+    OF_16 = "16"
+    OF_32 = "32"
+    OF_64 = "64"
+
+
 class Loop(StrEnum):
     """What decides when a request of a benchmark is sent."""
 
@@ -102,7 +111,12 @@ def pull(
 @app.command()
 def up(
     model: Model = DEFAULT_MODEL,
-    prefill: Annotated[int, typer.Option(min=0, max=64, help="Prefill workers.")] = 1,
+    prefill: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=64, help="Prefill workers. Default: 1, and 0 with --disaggregate never."
+        ),
+    ] = None,
     decode: Annotated[int, typer.Option(min=1, max=64, help="Decode workers.")] = 1,
     grpc_port: Annotated[
         int, typer.Option(min=0, max=65535, help="The coordinator's gRPC port; 0 picks one.")
@@ -123,7 +137,7 @@ def up(
         int | None, typer.Option(min=1, help="Of each worker. Default: the cores, shared out.")
     ] = None,
     block_size: Annotated[
-        int | None, typer.Option(min=1, help="Token slots of a KV block. Default: the workers'.")
+        BlockSize | None, typer.Option(help="Token slots of a KV block. Default: the workers'.")
     ] = None,
     num_blocks: Annotated[
         int | None, typer.Option(min=1, help="KV blocks of each worker. Default: the workers'.")
@@ -142,6 +156,8 @@ def up(
     from kvrelay.cli import up as command
     from kvrelay.supervise.topology import Topology
 
+    if prefill is None:
+        prefill = 0 if disaggregate is Disaggregate.NEVER else 1
     command.up(
         Topology(
             model=model,
@@ -151,7 +167,7 @@ def up(
             transport=transport.value,
             disaggregate=disaggregate.value,
             dtype=dtype.value if dtype else None,
-            block_size=block_size,
+            block_size=int(block_size.value) if block_size else None,
             num_blocks=num_blocks,
             drain_s=drain_s,
         ),
@@ -312,7 +328,10 @@ def bench(
         Path | None,
         typer.Option(metavar="FILE.jsonl", help="Times and lengths in Mooncake's format."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_U64, help="Same seed, same work.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=MAX_U64, help="Same seed, same work. Default: another each time."),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="Of every request.")] = 0.0,
     vocab_size: Annotated[
         int | None,

@@ -2,6 +2,7 @@
 
 import json
 import random
+import secrets
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
@@ -49,7 +50,9 @@ class Options:
     duration_s: float | None
     mix: str
     trace: Path | None
-    seed: int
+    seed: int | None
+    """None mints one: a prompt that was sent before would be met in the prefix index."""
+
     temperature: float
     vocab_size: int | None
     ttft_slo_s: float
@@ -83,7 +86,7 @@ def _plan(options: Options) -> Plan:
         duration_s=options.duration_s,
         mix=_understood("--mix", lambda: workload.parse_mix(options.mix)),
         trace=_trace(options.trace),
-        seed=options.seed,
+        seed=secrets.randbits(32) if options.seed is None else options.seed,
         temperature=options.temperature,
         targets=Targets(ttft_s=options.ttft_slo_s, tpot_s=options.tpot_slo_s),
         num_warm_up=options.warm_up,
@@ -127,7 +130,7 @@ async def _bench(target: Target, options: Options, plan: Plan) -> None:
             )
     protocol = "gRPC" if options.http is None else "HTTP"
     address = options.http or target.address
-    Console().print(_drawn(runs, plan, f"{served.model} over {protocol} at {address}"))
+    _console().print(_drawn(runs, plan, f"{served.model} over {protocol} at {address}"))
     if options.json_path is not None:
         everything = report.to_json(
             runs,
@@ -154,6 +157,12 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         write(path)
     except OSError as error:
         fail(f"{path}: {error.strerror}")
+    typer.echo(f"wrote {path}")
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=200)  # a pipe has no width
 
 
 @asynccontextmanager
@@ -211,7 +220,7 @@ def _work(plan: Plan) -> str:
 
 
 def _drawn(runs: list[Run], plan: Plan, what: str) -> RenderableType:
-    """The report. Fits 100 columns."""
+    """The report. Fits 80 columns."""
     work = f"{_work(plan)}, seed {plan.seed}, {plan.num_warm_up} more to warm up"
     parts: list[RenderableType] = [Text(what, style="bold"), Text(work, style="dim")]
     for run in runs:
@@ -220,14 +229,21 @@ def _drawn(runs: list[Run], plan: Plan, what: str) -> RenderableType:
         parts += [Text(line) for line in report.facts(run, plan.targets)]
         parts += [Text(f"warning: {line}", style="yellow") for line in report.warnings(run)]
     if len(runs) > 1:
-        parts += [Text(), _table(report.SWEEP_HEADINGS, report.sweep(runs))]
+        parts += [Text(), _sweep(runs)]
     return Group(*parts)
 
 
-def _table(headings: tuple[str, ...], rows: list[report.Row]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+def _sweep(runs: list[Run]) -> Table:
+    """Ten columns: their headings are stacked so that 80 of a terminal hold them."""
+    headings = tuple(heading.replace(" ", "\n", 1) for heading in report.SWEEP_HEADINGS)
+    return _table(headings, report.sweep(runs), gap=1)
+
+
+def _table(headings: tuple[str, ...], rows: list[report.Row], *, gap: int = 2) -> Table:
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+        # What is too wide even so is folded: a number that lost its end would be a wrong one.
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

@@ -6,8 +6,8 @@ import signal
 
 import typer
 
-from kvrelay.cli.generate import Answer, stream
-from kvrelay.cli.target import ANSWER_WITHIN_S, Target
+from kvrelay.cli.generate import Answer, stream, tell_if_empty
+from kvrelay.cli.target import ANSWER_WITHIN_S, ConnectionLost, Target
 from kvrelay.client import Client, GenerateOptions, Message
 from kvrelay.errors import InvalidRequest, PeerUnavailable, ServingError
 
@@ -45,6 +45,9 @@ def _read() -> str | None:
     except EOFError:
         typer.echo(err=True)
         return None
+    except KeyboardInterrupt:
+        typer.echo(err=True)  # the shell's prompt begins a line of its own
+        raise
 
 
 async def _turn(client: Client, turns: list[Message], options: GenerateOptions) -> list[Message]:
@@ -59,10 +62,14 @@ async def _turn(client: Client, turns: list[Message], options: GenerateOptions) 
         return turns[:-1]
     except PeerUnavailable:
         raise
+    except ConnectionLost as error:
+        typer.echo(f"error: {error}", err=True)
+        return turns[:-1]
     except ServingError as error:
         hint = "; try /reset" if isinstance(error, InvalidRequest) else ""
         typer.echo(f"error: {error}{hint}", err=True)
         return turns[:-1]
     finally:
         loop.remove_signal_handler(signal.SIGINT)
+    tell_if_empty(answer)
     return [*turns, Message("assistant", answer.text)]

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from kvrelay.cli import render
 from kvrelay.cli.generate import stream
-from kvrelay.cli.target import INTERRUPTED, fail
+from kvrelay.cli.target import INTERRUPTED, ConnectionLost, fail
 from kvrelay.cli.up import (
     Screen,
     explain_failure,
@@ -34,7 +34,7 @@ def demo(question: str, model: str) -> None:
         topology = Topology(model=model, num_threads=share_of_cores(2), disaggregate="always")
         topology = with_model(topology, screen.console)
         asyncio.run(_demo(topology, question, make_log_dir(None), screen))
-    except ServingError as error:
+    except (ServingError, ConnectionLost) as error:
         fail(str(error))
     except ProcessFailed:
         raise typer.Exit(1) from None

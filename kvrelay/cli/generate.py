@@ -3,16 +3,21 @@
 import dataclasses
 import json
 import sys
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+import grpc
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from kvrelay.cli import render
-from kvrelay.cli.target import Target, fail
+from kvrelay.cli.target import DEFAULT, ConnectionLost, Target, fail
 from kvrelay.client import Client, GenerateOptions, Message, Prompt
+from kvrelay.errors import PeerUnavailable, ServingError
 from kvrelay.events import Delta, Event, Finished, Started
+from kvrelay.types import FinishReason
 
 
 @dataclass(slots=True)
@@ -89,7 +94,12 @@ async def _generate(
         answer = await stream(client, prompt, options, timeout_s=timeout_s, is_silent=as_json)
     if as_json:
         typer.echo(json.dumps(answer.to_json(), ensure_ascii=False))
-    elif with_ledger and answer.finished is not None:
+        return
+    tell_if_empty(answer)
+    console = Console(stderr=True, highlight=False)
+    if console.is_terminal:
+        console.print(Text(how_to_explain(answer, target.address), style="dim"), soft_wrap=True)
+    if with_ledger and answer.finished is not None:
         Console().print(render.ledger(answer.finished.ledger))
 
 
@@ -103,7 +113,20 @@ async def stream(
 ) -> Answer:
     """Generate, writing text to stdout as it comes, and return the whole."""
     answer = Answer()
-    async with aclosing(client.generate(prompt, options, timeout_s=timeout_s)) as events:
+    generated = client.generate(prompt, options, timeout_s=timeout_s)
+    try:
+        await _stream(answer, generated, is_silent=is_silent)
+    except PeerUnavailable as error:
+        if answer.started is None or was_answered(error):
+            raise
+        raise ConnectionLost from error
+    return answer
+
+
+async def _stream(
+    answer: Answer, generated: AsyncGenerator[Event, None], *, is_silent: bool
+) -> None:
+    async with aclosing(generated) as events:
         try:
             async for event in events:
                 if (text := answer.add(event)) and not is_silent:
@@ -113,7 +136,36 @@ async def stream(
             if answer.text and not is_silent:
                 sys.stdout.write("\n")
                 sys.stdout.flush()
-    return answer
+
+
+def was_answered(error: ServingError) -> bool:
+    """Whether the coordinator itself told `error`, rather than a connection that broke."""
+    cause = error.__cause__
+    trailers = cause.trailing_metadata() if isinstance(cause, grpc.aio.AioRpcError) else None
+    return any(key == "grpc-status-details-bin" for key, _ in trailers or ())
+
+
+def tell_if_empty(answer: Answer) -> None:
+    """Explain why there is nothing on the screen."""
+    if answer.text or answer.finished is None:
+        return
+    number = answer.finished.usage.completion_tokens
+    at_once = answer.finished.reason is FinishReason.STOP and number <= 1
+    what = "the model ended its answer at once" if at_once else "the answer is empty"
+    typer.echo(f"({what}: {_tokens(number)}, no text)", err=True)
+
+
+def how_to_explain(answer: Answer, address: str) -> str:
+    """The name of the request and what can be asked with it."""
+    assert answer.started is not None, "a stream without a start"
+    assert answer.finished is not None, "a stream without an end"
+    name, tokens = answer.started.request_id, _tokens(answer.finished.usage.completion_tokens)
+    at = "" if address == DEFAULT else f" --target {address}"
+    return f"request {name} · {tokens} · kvrelay explain {name}{at}"
+
+
+def _tokens(number: int) -> str:
+    return f"{number} token" if number == 1 else f"{number} tokens"
 
 
 def read_prompt(prompt: str) -> str:

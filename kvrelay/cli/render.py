@@ -99,12 +99,13 @@ def _coordinator(pool: Pool) -> Text:
 
 
 def _workers(pool: Pool, *, is_wide: bool) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for name in ("worker", "role"):
+    gap = 2 if is_wide else 1
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
+    for name in ("worker", "role", "pid"):
         table.add_column(name, no_wrap=True)
     for name in ("free", "cached", "held", "queued", "wait", "run", "handoffs", "age"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("pid", "address", "epoch", "transports") if is_wide else ():
+    for name in ("address", "epoch", "transports") if is_wide else ():
         table.add_column(name, no_wrap=True)
     for member in pool.members:
         row = _row(member) + (_details(member) if is_wide else ())
@@ -126,6 +127,7 @@ def _row(member: Member) -> tuple[str, ...]:
     return (
         who.worker_id,
         "drains" if load.is_draining else who.role.value,
+        str(who.pid),
         *(str(number) for number in numbers),
         f"{member.load_age_ms / 1e3:.1f} s",
     )
@@ -133,7 +135,7 @@ def _row(member: Member) -> tuple[str, ...]:
 
 def _details(member: Member) -> tuple[str, ...]:
     who = member.identity
-    return (str(who.pid), who.address, who.epoch[:8], ", ".join(o.name for o in who.offers))
+    return (who.address, who.epoch[:8], ", ".join(o.name for o in who.offers))
 
 
 def pool_json(pool: Pool) -> dict[str, object]:

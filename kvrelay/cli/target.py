@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -20,6 +21,16 @@ ANSWER_WITHIN_S = 5.0
 """Limit of a call that computes nothing."""
 
 INTERRUPTED = 130
+
+
+class ConnectionLost(Exception):
+    """The coordinator went away in the middle of an answer."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the connection was lost in the middle of the answer; "
+            "the coordinator went away, ask again"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +72,15 @@ class Target:
 
     def run(self, main: Coroutine[None, None, None]) -> None:
         """Run a command against it; failures become a line that says what to do next."""
+        from kvrelay.cli.generate import was_answered
         from kvrelay.config import SettingsError
 
         try:
             asyncio.run(main)
-        except PeerUnavailable:
-            fail(self._nothing_answers())
+        except PeerUnavailable as error:
+            fail(str(error) if was_answered(error) else self._nothing_answers())
+        except ConnectionLost as error:
+            fail(str(error))
         except DeadlinePassed as error:
             fail(f"{self.address} was too slow: {error}")
         except (ServingError, SettingsError) as error:
@@ -79,10 +93,21 @@ class Target:
             raise typer.Exit(1) from None
 
     def _nothing_answers(self) -> str:
+        host = self.address.rpartition(":")[0].strip("[]")
+        if not _resolves(host):
+            return f"the name {host} does not resolve; is the target's address right?"
         if self.tls.cert_file is None:
             return f"nothing answers at {self.address}; start one with: kvrelay up"
         # TLS does not tell the two apart: a refused certificate ends the connection, no more.
         return f"nothing answers at {self.address} in TLS, or it refuses our certificate"
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        return False
+    return True
 
 
 def checked(target: str) -> str:

@@ -16,8 +16,9 @@ from rich.status import Status
 from kvrelay.cli.pull import shown
 from kvrelay.cli.target import INTERRUPTED, fail
 from kvrelay.clock import MonotonicClock
-from kvrelay.errors import ServingError
-from kvrelay.store.manifest import cache_dir
+from kvrelay.errors import ModelInvalid, ServingError
+from kvrelay.store.catalog import KNOWN_MODELS
+from kvrelay.store.manifest import cache_dir, models_dir
 from kvrelay.store.pull import ensure
 from kvrelay.supervise import logs
 from kvrelay.supervise.deployment import Deployment, PortTaken
@@ -51,8 +52,20 @@ def with_model(topology: Topology, console: Console) -> Topology:
         ModelInvalid: there is no such model, or it is damaged.
         PeerUnavailable: it could not be downloaded.
     """
+    _refuse_unknown(topology.model)
     with shown(console) as progress:
         return replace(topology, model=str(ensure(topology.model, progress)))
+
+
+def _refuse_unknown(model: str) -> None:
+    path = Path(model).expanduser()
+    if model in KNOWN_MODELS or (models_dir() / model).is_dir() or (model and path.exists()):
+        return
+    known = ", ".join(KNOWN_MODELS)
+    raise ModelInvalid(
+        model,
+        f"no such model; known: {known}; or a .gguf file or a Hugging Face directory that exists",
+    )
 
 
 def share_of_cores(num_workers: int) -> int:
@@ -92,6 +105,9 @@ class Screen:
     is_verbose: bool = False
     is_ending: bool = False
     _states: dict[str, str] = field(default_factory=dict)
+    _died_at_s: dict[str, float] = field(default_factory=dict)
+    """When each process that is away died first."""
+
     _status: Status | None = None
 
     def begin(self, topology: Topology) -> None:
@@ -120,7 +136,11 @@ class Screen:
                 self.say(f"{event.name} | {logs.for_people(event.text)}")
             return
         if event.kind == "died":
+            self._died_at_s.setdefault(event.name, time.monotonic())
             self.say(f"{event.name} {event.text}")
+        elif event.kind == "listening" and event.name in self._died_at_s:
+            away_s = time.monotonic() - self._died_at_s.pop(event.name)
+            self.say(f"{event.name} is back after {away_s:.1f} s")
         self._states[event.name] = event.kind
         if self._status is not None:
             with suppress(OSError):
@@ -141,6 +161,8 @@ async def _up(
     stopped, hurried = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
+        if screen.console.is_terminal:
+            screen.say("")  # the terminal wrote ^C where it was
         (hurried if stopped.is_set() else stopped).set()
 
     loop = asyncio.get_running_loop()
@@ -159,11 +181,20 @@ async def _up(
         screen.settle()
         screen.is_ending = True
         if stopped.is_set():
-            screen.say("draining; Ctrl-C again stops at once")
+            running = _requests(await deployment.active_requests())
+            screen.say(f"draining{running}; Ctrl-C again stops at once")
         is_clean = await _drain(deployment, hurried)
     if failure is not None:
         explain_failure(failure, log_dir, screen)
+    elif stopped.is_set():
+        screen.say("stopped")
     return 0 if is_clean and failure is None else 1
+
+
+def _requests(number: int | None) -> str:
+    if number is None:
+        return ""
+    return f": {number} request{'' if number == 1 else 's'} still running"
 
 
 async def _serve_until(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kvrelay.client import Client, Pool
 from kvrelay.clock import Clock
-from kvrelay.errors import PeerUnavailable
+from kvrelay.errors import PeerUnavailable, ServingError
 from kvrelay.supervise.backoff import Backoff
 from kvrelay.supervise.child import Address
 from kvrelay.supervise.keeper import Event, Keeper
@@ -25,6 +25,9 @@ from kvrelay.supervise.topology import Topology
 
 _GRACE_S = 3.0
 """Beyond its own drain limit, before a process is killed."""
+
+_QUICKLY_S = 0.5
+"""A number for people is worth no longer wait."""
 
 _WORKER_DRAIN_S = 10.0
 """Workers have nothing left to do once the coordinator is gone."""
@@ -101,6 +104,16 @@ class Deployment:
         limit_s = min(drain_s, _WORKER_DRAIN_S) + _GRACE_S
         stops = [keeper.stop(timeout_s=limit_s) for keeper in self._workers]
         return all([was_clean, *await asyncio.gather(*stops)])
+
+    async def active_requests(self) -> int | None:
+        """How many requests are running; None if that cannot be told quickly."""
+        if self._coordinator.pid is None or self._listen.endswith(":0"):
+            return None
+        try:
+            async with Client(self._listen) as client:
+                return (await client.pool(timeout_s=_QUICKLY_S)).active_requests
+        except ServingError:
+            return None
 
     def kill(self) -> None:
         """End every process at once; a `drain` under way then returns soon."""

@@ -409,13 +409,13 @@ async def test_a_taken_port_is_named(tiny_model):
 
 async def test_a_missing_model_is_named(tmp_path):
     """
-    `up` says how to get one.
+    `up` says what it could be instead.
     """
     done = await run("up", "--model", str(tmp_path / "nowhere"))
 
     assert (done.status, done.out) == (1, "")
     assert one_line(done.err)
-    assert "kvrelay pull" in done.err
+    assert "known: smollm2-135m-instruct; or a .gguf file" in done.err
 
 
 async def test_a_truncated_model_is_named_with_the_process_that_refused_it(tiny_model, tmp_path):

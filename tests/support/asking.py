@@ -92,3 +92,5 @@ async def deployed(
     )
     async with start as it, Asker(it.grpc) as asker:
         yield it, asker
+    errors = [line for line in it.logs().splitlines() if '"level": "error"' in line]
+    assert not errors, "whatever was done to it, no process found an error of its own"

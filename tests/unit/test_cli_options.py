@@ -3,15 +3,60 @@
 import pytest
 from typer.testing import CliRunner
 
+from kvrelay.cli import up
 from kvrelay.cli.app import app
 
 REFUSED = {
     "no tokens": (("generate", "hi", "--max-tokens", "0"), "--max-tokens"),
     "no tokens in chat": (("chat", "--max-tokens", "0"), "--max-tokens"),
     "unknown transport": (("up", "--transport", "nixl"), "'shm', 'stream'"),
+    "a block of no such size": (("up", "--block-size", "12"), "'8', '16', '32', '64'"),
     "one TLS file": (("--tls-cert-file", "x.pem", "status"), "--tls-key-file"),
     "watched JSON": (("status", "--watch", "--json"), "--json"),
 }
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_prefill"),
+    [
+        ((), 1),
+        (("--disaggregate", "never"), 0),
+        (("--disaggregate", "never", "--prefill", "2"), 2),
+    ],
+)
+def test_where_nothing_is_disaggregated_no_prefill_worker_is_started(
+    flags, num_prefill, monkeypatch
+):
+    """
+    Unless one is asked for.
+    """
+    taken = []
+    monkeypatch.setattr(up, "up", lambda topology, **_: taken.append(topology))
+    done = CliRunner().invoke(app, ["up", *flags])
+
+    assert done.exit_code == 0
+    assert [topology.num_prefill for topology in taken] == [num_prefill]
+
+
+def test_a_model_that_is_nowhere_is_refused_with_what_there_is(tmp_path, monkeypatch):
+    """
+    The hint names what can be had, not another command that would refuse it.
+    """
+    monkeypatch.setenv("KVRELAY_CACHE_DIR", str(tmp_path))
+    done = CliRunner().invoke(app, ["up", "--model", "nosuch"])
+
+    assert done.exit_code == 1
+    assert "known: smollm2-135m-instruct; or a .gguf file" in done.output
+
+
+def test_a_name_that_does_not_resolve_is_told():
+    """
+    Nothing could be started that would answer there.
+    """
+    done = CliRunner().invoke(app, ["status", "--target", "nosuch.invalid:1"])
+
+    assert done.exit_code == 1
+    assert "the name nosuch.invalid does not resolve" in done.output
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -111,6 +111,8 @@ def test_a_worker_is_one_row_in_80_columns():
     narrow, wide = pool_lines(is_wide=False), pool_lines(is_wide=True)
 
     assert len(narrow) == len(wide) == 5
+    assert narrow[2].split()[:3] == wide[2].split()[:3] == ["worker", "role", "pid"]
+    assert narrow[-1].split()[2].isdigit()
     assert "12345" in narrow[-1]
     assert "1000000" in narrow[-1]
     assert "12.3 s" in narrow[-1]
