@@ -40,7 +40,7 @@ async def test_greedy_tokens_equal_those_of_transformers_in_float32(real_model, 
     Through a handoff, at every position, the token is the reference's likeliest one.
     """
     # Float32 is four times as slow. All prompts take two minutes more, and find the same.
-    asks = [ask for ask in asks if len(ask.prompt_ids) <= 600]
+    asks = [ask for ask in asks if len(ask.prompt_ids) <= 300]
     async with deployed(real_model, tmp_path, "--dtype", "float32", *ALWAYS) as (_, asker):
         answers = await asker.all(asks, at_once=2)
 
