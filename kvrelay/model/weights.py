@@ -19,6 +19,7 @@ from kvrelay.model.spec import ModelSpec
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EMBED = "model.embed_tokens"
 
 _STORED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -60,6 +61,34 @@ class Weights:
             fields = (getattr(layer, name) for name in LayerWeights.__dataclass_fields__)
             tensors |= {t.data_ptr(): t for t in fields if t is not None}
         return sum(t.nbytes for t in tensors.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fused:
+    """What one matrix of `LayerWeights` is made of."""
+
+    parts: Mapping[str, int]
+    """Module in a layer of the checkpoint to its rows, in order."""
+
+    in_features: int
+
+
+def fused_matrices(spec: ModelSpec) -> Mapping[str, Fused]:
+    """Field of `LayerWeights` to what fills it."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    qkv = {"self_attn.q_proj": q_rows, "self_attn.k_proj": kv_rows, "self_attn.v_proj": kv_rows}
+    return {
+        "qkv": Fused(parts=qkv, in_features=hidden),
+        "out": Fused(parts={"self_attn.o_proj": hidden}, in_features=q_rows),
+        "gate_up": Fused(parts={"mlp.gate_proj": inner, "mlp.up_proj": inner}, in_features=hidden),
+        "down": Fused(parts={"mlp.down_proj": hidden}, in_features=inner),
+    }
+
+
+def head_name(spec: ModelSpec) -> str:
+    """The tensor the head is: the embedding when they are tied."""
+    return f"{EMBED}.weight" if spec.tie_word_embeddings else "lm_head.weight"
 
 
 Stored = Mapping[str, tuple[str, Callable[[], torch.Tensor]]]
@@ -121,22 +150,23 @@ def _allocate(spec: ModelSpec, dtype: torch.dtype) -> tuple[Weights, dict[str, t
         places[name] = torch.empty(shape, dtype=dtype)
         return places[name]
 
-    embed = place("model.embed_tokens.weight", spec.vocab_size, spec.hidden_size)
+    embed = place(f"{EMBED}.weight", spec.vocab_size, spec.hidden_size)
     layers = tuple(_allocate_layer(spec, i, dtype, places) for i in range(spec.num_layers))
     norm = place("model.norm.weight", spec.hidden_size, dtype=torch.float32)
     head = embed
     if not spec.tie_word_embeddings:
-        head = place("lm_head.weight", spec.vocab_size, spec.hidden_size)
+        head = place(head_name(spec), spec.vocab_size, spec.hidden_size)
     return Weights(embed=embed, layers=layers, norm=norm, head=head), places
 
 
 def _allocate_layer(
     spec: ModelSpec, index: int, dtype: torch.dtype, places: dict[str, torch.Tensor]
 ) -> LayerWeights:
-    hidden, inner, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
-    q_rows, kv_rows = spec.num_heads * dim, spec.num_kv_heads * dim
+    hidden, dim = spec.hidden_size, spec.head_dim
+    matrices = fused_matrices(spec)
 
-    def fused(parts: Mapping[str, int], kind: str, *tail: int) -> torch.Tensor:
+    def fused(name: str, kind: str, *tail: int) -> torch.Tensor:
+        parts = matrices[name].parts
         whole = torch.empty((sum(parts.values()), *tail), dtype=dtype)
         first = 0
         for part, num_rows in parts.items():
@@ -144,27 +174,27 @@ def _allocate_layer(
             first += num_rows
         return whole
 
+    def matrix(name: str) -> torch.Tensor:
+        return fused(name, "weight", matrices[name].in_features)
+
     def norm(part: str, size: int) -> torch.Tensor:
         whole = torch.empty(size, dtype=torch.float32)
         places[f"model.layers.{index}.{part}.weight"] = whole
         return whole
 
-    qkv = {"self_attn.q_proj": q_rows, "self_attn.k_proj": kv_rows, "self_attn.v_proj": kv_rows}
-    gate_up = {"mlp.gate_proj": inner, "mlp.up_proj": inner}
-    out, down = {"self_attn.o_proj": hidden}, {"mlp.down_proj": hidden}
     return LayerWeights(
         input_norm=norm("input_layernorm", hidden),
-        qkv=fused(qkv, "weight", hidden),
-        qkv_bias=fused(qkv, "bias") if spec.qkv_bias else None,
+        qkv=matrix("qkv"),
+        qkv_bias=fused("qkv", "bias") if spec.qkv_bias else None,
         q_norm=norm("self_attn.q_norm", dim) if spec.qk_norm else None,
         k_norm=norm("self_attn.k_norm", dim) if spec.qk_norm else None,
-        out=fused(out, "weight", q_rows),
-        out_bias=fused(out, "bias") if spec.out_bias else None,
+        out=matrix("out"),
+        out_bias=fused("out", "bias") if spec.out_bias else None,
         post_norm=norm("post_attention_layernorm", hidden),
-        gate_up=fused(gate_up, "weight", hidden),
-        gate_up_bias=fused(gate_up, "bias") if spec.mlp_bias else None,
-        down=fused(down, "weight", inner),
-        down_bias=fused(down, "bias") if spec.mlp_bias else None,
+        gate_up=matrix("gate_up"),
+        gate_up_bias=fused("gate_up", "bias") if spec.mlp_bias else None,
+        down=matrix("down"),
+        down_bias=fused("down", "bias") if spec.mlp_bias else None,
     )
 
 

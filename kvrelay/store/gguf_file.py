@@ -68,6 +68,16 @@ class GgufFile:
         """The tensor's shape, outermost dimension first (GGUF writes it the other way)."""
         return tuple(int(size) for size in reversed(self.tensors[name].shape))
 
+    def type_of(self, name: str) -> str:
+        """How the tensor's values are stored: `F32`, `Q4_1`, `Q8_0`, ..."""
+        return str(self.tensors[name].tensor_type.name)
+
+    def blocks(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a quantized matrix, [rows, bytes of one row's blocks]."""
+        raw: npt.NDArray[np.uint8] = self.tensors[name].data
+        assert raw.dtype == np.uint8, (name, raw.dtype)
+        return raw.reshape(self.shape(name)[0], -1)
+
     def dequantize(self, name: str) -> npt.NDArray[np.float32]:
         """The tensor's values as float32, in `shape(name)`."""
         tensor = self.tensors[name]

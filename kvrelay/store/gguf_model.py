@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from kvrelay.store import gguf_config, gguf_tokenizer, gguf_weights
 from kvrelay.store.gguf_file import GgufFile
-from kvrelay.store.manifest import CONFIG, TOKENIZER, ModelFile, sha256_of
+from kvrelay.store.manifest import BLOCKS, CONFIG, TOKENIZER, ModelFile, sha256_of
 from kvrelay.store.progress import Progress
 
 WEIGHTS = "model.safetensors"
@@ -41,7 +41,11 @@ def convert(
         (into / "chat_template.jinja").write_text(template, encoding="utf-8")
     small = [ModelFile(path.name, path.stat().st_size, sha256_of(path)) for path in into.iterdir()]
     written = gguf_weights.write_weights(file, config, into / WEIGHTS, progress=progress)
-    return [*small, ModelFile(WEIGHTS, written.num_bytes, written.sha256)]
+    files = [*small, ModelFile(WEIGHTS, written.num_bytes, written.sha256)]
+    kept = gguf_weights.write_blocks(file, config, into / BLOCKS, progress=progress)
+    if kept is not None:
+        files.append(ModelFile(BLOCKS, kept.num_bytes, kept.sha256))
+    return files
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -1,8 +1,12 @@
-"""GGUF tensors, renamed, unpermuted and dequantized to a Hugging Face checkpoint."""
+"""GGUF tensors, renamed and unpermuted: dequantized to a Hugging Face checkpoint, and as blocks.
+
+The checkpoint is what a prompt is computed with. The blocks, a third of its size or less, are
+what tokens are generated with, where memory is what bounds the speed.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +15,12 @@ from kvrelay.errors import ModelInvalid
 from kvrelay.store.gguf_config import ROPE_FREQS
 from kvrelay.store.gguf_file import GgufFile
 from kvrelay.store.progress import Progress
-from kvrelay.store.safetensors_file import Written, write_bfloat16
+from kvrelay.store.safetensors_file import Written, write_bfloat16, write_bytes
+
+KEPT_TYPES = frozenset({"Q4_0", "Q4_1", "Q8_0"})
+"""Kinds of blocks that are kept. All hold 32 values of one row; others are only dequantized."""
+
+Item = TypeVar("Item", bound=np.generic)
 
 
 def write_weights(
@@ -35,6 +44,37 @@ def write_weights(
             progress.advance(2 * int(np.prod(file.shape(gguf_name), dtype=np.int64)))
 
     return write_bfloat16(path, shapes, tensors())
+
+
+def write_blocks(
+    file: GgufFile, config: dict[str, Any], path: Path, *, progress: Progress
+) -> Written | None:
+    """Write the blocks of every matrix of a kept type, unchanged but for the order of rows.
+
+    Each becomes bytes of [out_features, num_blocks * block_bytes] under its Hugging Face name,
+    its type in the header's metadata. None, and no file, if there is no such matrix. `file`
+    must have passed `write_weights`.
+    """
+    kept = {
+        name: hf_name
+        for name, hf_name in tensor_names(file, config).items()
+        if file.type_of(name) in KEPT_TYPES and len(file.shape(name)) == 2
+    }
+    if not kept:
+        return None
+    shapes = {hf_name: file.blocks(name).shape for name, hf_name in kept.items()}
+    progress.begin(
+        "keeping quantized blocks", total_bytes=sum(file.blocks(name).nbytes for name in kept)
+    )
+
+    def matrices() -> Iterator[npt.NDArray[np.uint8]]:
+        for name in kept:
+            blocks = file.blocks(name)
+            yield _in_order(file, name, config, blocks)
+            progress.advance(blocks.nbytes)
+
+    metadata = {hf_name: file.type_of(name) for name, hf_name in kept.items()}
+    return write_bytes(path, shapes, matrices(), metadata=metadata)
 
 
 def tensor_names(file: GgufFile, config: dict[str, Any]) -> dict[str, str]:
@@ -65,7 +105,7 @@ def check_tensors(
             )
 
 
-def unpermute(values: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
+def unpermute(values: npt.NDArray[Item], num_heads: int) -> npt.NDArray[Item]:
     """Rows of q or k from GGUF's interleaved rope order back to halves.
 
     Within a head, GGUF keeps the two members of a rotated pair side by side, Hugging Face
@@ -84,6 +124,13 @@ def _tensor(file: GgufFile, name: str, config: dict[str, Any]) -> npt.NDArray[np
     values = file.dequantize(name)
     if not np.isfinite(values).all():
         raise ModelInvalid(file.path, f"tensor {name} holds values that are not finite")
+    return _in_order(file, name, config, values)
+
+
+def _in_order(
+    file: GgufFile, name: str, config: dict[str, Any], values: npt.NDArray[Item]
+) -> npt.NDArray[Item]:
+    """The rows of a tensor in the order Hugging Face has them."""
     # Only `llama` files are permuted; the Qwen ones keep the halves.
     if file.arch == "llama" and ".attn_q." in name:
         return unpermute(values, config["num_attention_heads"])

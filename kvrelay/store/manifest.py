@@ -21,7 +21,10 @@ MANIFEST = "manifest.json"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-FORMAT = 2
+BLOCKS = "blocks.safetensors"
+"""Quantized matrices as their GGUF has them, beside the same ones as bfloat16."""
+
+FORMAT = 3
 
 MAX_JSON_BYTES = 256 * 2**20
 """Longest JSON file that is read; a tokenizer.json has some 10 MB."""
@@ -108,9 +111,15 @@ def read_model_dir(path: Path) -> ModelDir:
     for required in (CONFIG, TOKENIZER):
         if not any(file.name == required for file in files):
             raise ModelInvalid(path / required, "missing")
-    if not any(file.is_weights for file in files):
+    if not any(file.is_weights and file.name != BLOCKS for file in files):
         raise ModelInvalid(path / "model.safetensors", "missing; no weights in the directory")
     return ModelDir(path, name, files, read_json(path / CONFIG))
+
+
+def is_outdated(path: Path) -> bool:
+    """Whether another version of kvrelay wrote this directory, in a format of its own."""
+    manifest = path / MANIFEST
+    return manifest.is_file() and read_json(manifest).get("format") != FORMAT
 
 
 def model_digest(path: Path) -> str:
@@ -178,7 +187,10 @@ def sha256_of(path: Path) -> str:
 def _read_manifest(path: Path) -> tuple[str, tuple[ModelFile, ...]]:
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
-        raise ModelInvalid(path, f"format {manifest.get('format')!r}, this version reads {FORMAT}")
+        raise ModelInvalid(
+            path,
+            f"format {manifest.get('format')!r}, this version reads {FORMAT}; pull the model again",
+        )
     name, entries = manifest.get("name"), manifest.get("files")
     if not isinstance(name, str) or not isinstance(entries, dict):
         raise ModelInvalid(path, "wants a name and files")
@@ -229,4 +241,5 @@ def _weight_names(path: Path) -> list[str]:
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise ModelInvalid(path / WEIGHTS_INDEX, f"shard name {name!r} leaves the directory")
-    return sorted(set(weight_map.values()))
+    kept = {BLOCKS} if (path / BLOCKS).is_file() else set()  # no index speaks of it
+    return sorted({*weight_map.values()} | kept)

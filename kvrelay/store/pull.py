@@ -34,14 +34,18 @@ class Pulled:
 def ensure(model: str, progress: Progress | None = None) -> Path:
     """The directory of a model that is to be served: a name, a directory or a GGUF file.
 
-    A known model that is not here yet is fetched, and a GGUF file converted, once.
+    A known model that is not here yet, or in an old format, is fetched, and a GGUF file
+    converted, once.
 
     Raises:
         ModelInvalid: there is no such model, or it is damaged.
         PeerUnavailable: it could not be downloaded.
     """
-    is_missing = model in KNOWN_MODELS and not (models_dir() / model).is_dir()
-    if is_missing or _is_gguf(Path(model).expanduser()):
+    directory = models_dir() / model
+    is_wanted = model in KNOWN_MODELS and (
+        not directory.is_dir() or manifest.is_outdated(directory)
+    )
+    if is_wanted or _is_gguf(Path(model).expanduser()):
         return pull(model, progress=progress).path
     return manifest.resolve_model(model)
 
@@ -169,6 +173,9 @@ def _is_sound(target: Path, *, progress: Progress) -> bool:
         raise ModelInvalid(
             target, "was not put there by kvrelay pull; choose --name, or replace it with --force"
         )
+    if manifest.is_outdated(target):
+        progress.note(f"{target.name} is there in an older format; pulling it again")
+        return False
     try:
         manifest.read_model_dir(target)
     except ModelInvalid as error:

@@ -6,7 +6,7 @@ it here lets weights stream through one tensor at a time, hashed as they pass.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,18 +39,30 @@ def write_bfloat16(
         shapes: name to shape of everything that will come.
         tensors: float32, one at a time; each must have its announced shape.
     """
-    header = _header(shapes)
-    digest = hashlib.sha256(header)
-    num_bytes = len(header)
-    with path.open("wb") as out:
-        out.write(header)
+
+    def rounded() -> Iterator[bytes]:
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
             assert tensor.shape == shape, (name, tensor.shape, shape)
-            data = to_bfloat16_bits(tensor).tobytes()
-            digest.update(data)
-            out.write(data)
-            num_bytes += len(data)
-    return Written(digest.hexdigest(), num_bytes)
+            yield to_bfloat16_bits(tensor).tobytes()
+
+    return _write(path, _header("BF16", 2, shapes, {"format": "pt"}), rounded())
+
+
+def write_bytes(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[npt.NDArray[np.uint8]],
+    *,
+    metadata: Mapping[str, str],
+) -> Written:
+    """Write `tensors`, in the order of `shapes`, as they are; `metadata` goes into the header."""
+
+    def plain() -> Iterator[bytes]:
+        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+            assert tensor.shape == shape, (name, tensor.shape, shape)
+            yield tensor.tobytes()
+
+    return _write(path, _header("U8", 1, shapes, metadata), plain())
 
 
 def to_bfloat16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
@@ -86,12 +98,29 @@ def check_length(path: Path) -> None:
         )
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _write(path: Path, header: bytes, parts: Iterable[bytes]) -> Written:
+    digest = hashlib.sha256(header)
+    num_bytes = len(header)
+    with path.open("wb") as out:
+        out.write(header)
+        for part in parts:
+            digest.update(part)
+            out.write(part)
+            num_bytes += len(part)
+    return Written(digest.hexdigest(), num_bytes)
+
+
+def _header(
+    dtype: str,
+    item_bytes: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    metadata: Mapping[str, str],
+) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, shape in shapes.items():
-        end = offset + 2 * int(np.prod(shape, dtype=np.int64))
-        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+        end = offset + item_bytes * int(np.prod(shape, dtype=np.int64))
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start on an 8-byte boundary

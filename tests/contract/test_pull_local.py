@@ -17,7 +17,7 @@ from kvrelay.cli.app import app
 from kvrelay.cli.up import with_model
 from kvrelay.errors import ModelInvalid, PeerUnavailable
 from kvrelay.store import install
-from kvrelay.store.manifest import models_dir, read_model_dir
+from kvrelay.store.manifest import model_digest, models_dir, read_model_dir
 from kvrelay.store.progress import Silent
 from kvrelay.store.pull import ensure, pull
 from kvrelay.supervise.topology import Topology
@@ -88,6 +88,50 @@ def test_a_damaged_model_is_pulled_again(gguf_file: Path) -> None:
     assert not pull(str(gguf_file), progress=progress).was_present
     read_model_dir(first.path)
     assert "model.safetensors" in progress.notes[0]
+
+
+def test_a_model_in_an_older_format_is_pulled_again(gguf_file: Path) -> None:
+    """Without being asked to, whoever wants it; and said in one line."""
+    first = pull(str(gguf_file))
+    path = first.path / "manifest.json"
+    for again in (pull, ensure):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+        progress = tiny_gguf.Recorder()
+        again(str(gguf_file), progress=progress)
+        read_model_dir(first.path)
+        assert progress.notes == ["my-model is there in an older format; pulling it again"]
+
+
+def test_a_known_model_in_an_older_format_is_fetched_again(
+    gguf_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its name, when it is to be served."""
+    name = "smollm2-135m-instruct"
+    path = pull(str(gguf_file), name=name).path / "manifest.json"
+    assert ensure(name) == path.parent
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(PeerUnavailable, match="could not be downloaded"):
+        ensure(name)
+
+
+def test_blocks_of_a_quantized_file_come_along(tmp_path: Path) -> None:
+    """Listed and hashed, and again when the directory is taken in as a checkpoint."""
+    q4_1 = tiny_gguf.gguf.GGMLQuantizationType.Q4_1
+    source = tiny_gguf.write_gguf(tmp_path / "m.gguf", types={"_proj": q4_1})
+    progress = tiny_gguf.Recorder()
+    first = pull(str(source), progress=progress)
+    assert progress.stages == ["converting weights", "keeping quantized blocks"]
+    assert progress.done_bytes == progress.totals_bytes
+    assert {path.name for path in first.path.iterdir()} == FILES | {"blocks.safetensors"}
+
+    copy = tmp_path / "copy"
+    shutil.copytree(first.path, copy)
+    (copy / "manifest.json").unlink()
+    second = pull(str(copy))
+    assert {path.name for path in second.path.iterdir()} == FILES | {"blocks.safetensors"}
+    assert model_digest(second.path) == model_digest(copy) == model_digest(first.path)
 
 
 def test_conversion_progress_reaches_its_total(gguf_file: Path) -> None:

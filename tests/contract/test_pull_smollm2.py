@@ -4,17 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from coordinator.request import ChatMessage
 from coordinator.tokenizer import Tokenizer
+from kvrelay.model.generation_weights import load_blocks
+from kvrelay.model.quant import dequantize
+from kvrelay.model.spec import read_spec
+from kvrelay.model.weights import load_weights
 from kvrelay.store.catalog import SMOLLM2_135M_INSTRUCT
 from kvrelay.store.manifest import model_digest, read_model_dir
 from kvrelay.store.pull import ensure
 
 pytestmark = pytest.mark.realmodel
 
-DIGEST = "ada04d840e86b3bb970a3abdb382b894d8b0d6e004c71afb595e26842b16a145"
+DIGEST = "ae09252a50e9b6339d802b2ad64c4a6482a162da7abbc1fab7a791b409507418"
 """Of what conversion makes of the pinned file. It may change only with the conversion."""
 
 TEXTS = [
@@ -46,6 +51,22 @@ def test_it_is_the_model_that_was_pinned(model_dir: Path) -> None:
     config = read_model_dir(model_dir).config
     assert (config["vocab_size"], config["num_hidden_layers"]) == (49152, 30)
     assert model_digest(model_dir) == DIGEST
+
+
+def test_its_own_blocks_are_what_its_weights_were_rounded_from(model_dir: Path) -> None:
+    """Every matrix has them, of 4 bits, and the head of 8."""
+    spec = read_spec(model_dir)
+    weights = load_weights(model_dir, spec, dtype=torch.bfloat16)
+    blocks = load_blocks(model_dir, spec)
+    assert blocks.num_bytes == 96_436_224
+    assert blocks.head is not None
+    assert blocks.head.kind == "q8_0"
+    assert torch.equal(dequantize(blocks.head).bfloat16(), weights.head)
+    for made, layer in zip(blocks.layers, weights.layers, strict=True):
+        for name in ("qkv", "out", "gate_up", "down"):
+            matrix = getattr(made, name)
+            assert matrix.kind == "q4_1"
+            assert torch.equal(dequantize(matrix).bfloat16(), getattr(layer, name))
 
 
 def test_its_special_tokens_are_known(tokenizer: Tokenizer) -> None:

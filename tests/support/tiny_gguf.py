@@ -1,7 +1,8 @@
 """GGUF files small enough to write in a test: random weights, a byte-level vocabulary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -82,8 +83,12 @@ def write_gguf(
     pre: str = "gpt-2",
     edit_tensors: Callable[[dict[str, Array]], object] | None = None,
     edit_metadata: Callable[[gguf.GGUFWriter], object] | None = None,
+    types: Mapping[str, gguf.GGMLQuantizationType] = MappingProxyType({}),
 ) -> Path:
-    """Write a whole model file; the edits come last and can spoil it."""
+    """Write a whole model file; the edits come last and can spoil it.
+
+    `types` quantizes: Hugging Face names, or parts of them, to how such matrices are stored.
+    """
     writer = gguf.GGUFWriter(path, arch)
     for name, value in _sizes().items():
         writer.add_uint32(f"{arch}.{name}", value)
@@ -98,8 +103,18 @@ def write_gguf(
     }
     if edit_tensors is not None:
         edit_tensors(tensors)
+    quantized = {
+        _gguf_name(name): kind
+        for name in weights or random_weights(arch)
+        for part, kind in types.items()
+        if part in name
+    }
     for name, values in tensors.items():
-        writer.add_tensor(name, values)
+        if name in quantized:
+            blocks = gguf.quantize(values, quantized[name])
+            writer.add_tensor(name, blocks, raw_dtype=quantized[name])
+        else:
+            writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -51,6 +53,44 @@ def test_transformers_loads_what_was_converted(tmp_path: Path, arch: str) -> Non
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
+
+
+Q4_0, Q4_1, Q8_0, Q5_0 = (
+    gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q8_0", "Q5_0")
+)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kind", [Q4_0, Q4_1, Q8_0])
+def test_blocks_are_kept_as_they_are_in_the_order_of_the_checkpoint(
+    tmp_path: Path, arch: str, kind: gguf.GGMLQuantizationType
+) -> None:
+    """Dequantized, each is the float32 of which the checkpoint has the rounding."""
+    types = {"_proj": kind, "embed_tokens": kind}
+    source = tiny_gguf.write_gguf(tmp_path / "m.gguf", arch, types=types)
+    converted = convert(source, tmp_path / "out")
+    with safe_open(tmp_path / "out" / "blocks.safetensors", framework="np") as file:
+        blocks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        stored_types = file.metadata()
+
+    matrices = {name for name, values in converted.items() if values.dim() == 2}
+    assert blocks.keys() == stored_types.keys() == matrices
+    assert set(stored_types.values()) == {kind.name}
+    for name, raw in blocks.items():
+        values = torch.from_numpy(gguf.dequantize(raw, kind))
+        assert torch.equal(values.bfloat16(), converted[name]), name
+
+
+def test_other_blocks_are_only_dequantized(tmp_path: Path) -> None:
+    """A matrix of another type is not in the file, and without any there is no file."""
+    types = {"gate_proj": Q5_0, "down_proj": Q4_1}
+    convert(tiny_gguf.write_gguf(tmp_path / "m.gguf", types=types), tmp_path / "out")
+    kept = load_file(tmp_path / "out" / "blocks.safetensors")
+    assert set(kept) == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
+
+    types = {"gate_proj": Q5_0}
+    convert(tiny_gguf.write_gguf(tmp_path / "n.gguf", types=types), tmp_path / "none")
+    assert not (tmp_path / "none" / "blocks.safetensors").exists()
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:

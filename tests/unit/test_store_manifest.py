@@ -9,7 +9,7 @@ import pytest
 from kvrelay.errors import ModelInvalid
 from kvrelay.store import manifest
 from kvrelay.store.manifest import ModelFile, model_digest, read_model_dir, resolve_model
-from kvrelay.store.safetensors_file import write_bfloat16
+from kvrelay.store.safetensors_file import write_bfloat16, write_bytes
 
 
 @pytest.fixture
@@ -84,8 +84,8 @@ def test_a_missing_shard_is_named(model_dir: Path) -> None:
         "[]",
         "{}",
         '{"format": 1, "name": "x", "files": {}}',
-        '{"format": 2, "name": "x", "files": {"../x": {"sha256": "", "num_bytes": 1}}}',
-        '{"format": 2, "name": "x", "files": {"config.json": {"num_bytes": 1}}}',
+        '{"format": 3, "name": "x", "files": {"../x": {"sha256": "", "num_bytes": 1}}}',
+        '{"format": 3, "name": "x", "files": {"config.json": {"num_bytes": 1}}}',
         "[" * 100_000,
     ],
 )
@@ -135,3 +135,39 @@ def test_an_unknown_model_says_what_to_run(
     monkeypatch.setenv("KVRELAY_CACHE_DIR", str(tmp_path))
     with pytest.raises(ModelInvalid, match="run: kvrelay pull"):
         resolve_model(name)
+
+
+def with_blocks(model_dir: Path) -> Path:
+    """The same without a manifest, with a file of blocks."""
+    (model_dir / "manifest.json").unlink()
+    blocks = [np.zeros((1, 20), np.uint8)]
+    write_bytes(model_dir / manifest.BLOCKS, {"a": (1, 20)}, blocks, metadata={"a": "Q4_1"})
+    return model_dir
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_blocks_are_part_of_the_model_and_its_digest(model_dir: Path, has_index: bool) -> None:
+    """Tokens depend on them; no index speaks of them."""
+    before = model_digest(model_dir)
+    if has_index:
+        index = {"weight_map": {"a": "model.safetensors"}}
+        (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert manifest.BLOCKS in {file.name for file in read_model_dir(with_blocks(model_dir)).files}
+    assert model_digest(model_dir) != before
+
+
+def test_blocks_alone_are_no_model(model_dir: Path) -> None:
+    """Prompts need the whole checkpoint."""
+    (with_blocks(model_dir) / "model.safetensors").unlink()
+    with pytest.raises(ModelInvalid, match=r"model\.safetensors: missing"):
+        read_model_dir(model_dir)
+
+
+def test_an_older_format_says_what_to_do(model_dir: Path) -> None:
+    """A directory of another version is told from a damaged one."""
+    path = model_dir / "manifest.json"
+    assert not manifest.is_outdated(model_dir)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    assert manifest.is_outdated(model_dir)
+    with pytest.raises(ModelInvalid, match="format 2, this version reads 3; pull the model again"):
+        read_model_dir(model_dir)

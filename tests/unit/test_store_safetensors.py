@@ -8,11 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kvrelay.errors import ModelInvalid
 from kvrelay.store.manifest import sha256_of
-from kvrelay.store.safetensors_file import check_length, to_bfloat16_bits, write_bfloat16
+from kvrelay.store.safetensors_file import (
+    check_length,
+    to_bfloat16_bits,
+    write_bfloat16,
+    write_bytes,
+)
 
 
 @given(hnp.arrays(np.float32, 16, elements=st.floats(-(2.0**126), 2.0**126, width=32)))
@@ -52,3 +58,15 @@ def test_a_header_of_another_format_is_refused(tmp_path: Path, header: bytes) ->
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(ModelInvalid, match=r"model\.safetensors"):
         check_length(path)
+
+
+def test_bytes_and_metadata_are_read_as_they_were_written(tmp_path: Path) -> None:
+    """Even of an array that is not contiguous."""
+    path = tmp_path / "blocks.safetensors"
+    tensor = np.arange(24, dtype=np.uint8).reshape(4, 6)[::2]
+    written = write_bytes(path, {"a": tensor.shape}, [tensor], metadata={"a": "Q4_1"})
+    assert (written.sha256, written.num_bytes) == (sha256_of(path), path.stat().st_size)
+    check_length(path)
+    with safe_open(path, framework="np") as file:
+        assert file.metadata() == {"a": "Q4_1"}
+        assert np.array_equal(file.get_tensor("a"), tensor)
