@@ -9,7 +9,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,6 @@ import torch
 from kvrelay.engine import batch as engine_batch
 from kvrelay.engine.batch import Rows
 from kvrelay.kv.cache import TORCH_DTYPES, KvCache
-from kvrelay.kv.layout import KvLayout
 from kvrelay.model import layers
 from kvrelay.model.attention import (
     GenerationPlan,
@@ -31,14 +29,12 @@ from kvrelay.model.attention import (
 from kvrelay.model.llama import Llama
 from kvrelay.model.rows import rows_vary
 from kvrelay.model.sampler import sample
-from kvrelay.model.spec import ModelSpec, read_spec
-from kvrelay.model.weights import Weights, load_weights
-from kvrelay.types import BlockId, SamplingParams
+from kvrelay.model.spec import ModelSpec
+from kvrelay.model.warm_up import warm_up_steps
+from kvrelay.model.weights import Weights
 
 NUMERICS_VERSION = 1
 """Grows when the same weights and tokens would give other bits than before."""
-
-WARM_UP_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,14 +101,8 @@ class LlamaRunner:
 
         Writes to the first blocks, so call it before they hold anything.
         """
-        num_blocks = self.layout.num_blocks_for(WARM_UP_ROWS)
-        num_blocks = min(num_blocks, self._num_blocks)
-        num_rows = min(WARM_UP_ROWS, num_blocks * self.layout.block_size) - 1
-        table = [BlockId(i) for i in range(num_blocks)]
-        params = SamplingParams(temperature=1.0)
-        if num_rows > 0:
-            self.step([_rows(engine_batch.Path.PROMPT, (0,) * num_rows, 0, table, params)])
-        self.step([_rows(engine_batch.Path.GENERATION, (0,), num_rows, table, params)])
+        for rows in warm_up_steps(self.layout, self._num_blocks):
+            self.step([rows])
 
     @torch.inference_mode()
     def prove_rows(self) -> tuple[str, ...]:
@@ -222,53 +212,12 @@ class _Paged:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def load_runner(
-    model_dir: str | Path,
-    *,
-    dtype: str,
-    block_size: int,
-    num_blocks: int,
-    num_threads: int,
-    shareable: bool,
-) -> tuple[LlamaRunner, KvCache, KvLayout]:
-    """Everything one worker computes with. The caller closes the cache.
-
-    Raises:
-        ModelInvalid: see `read_spec` and `load_weights`.
-    """
-    spec = read_spec(model_dir)
-    layout = layout_of(spec, dtype=dtype, block_size=block_size)
-    weights = load_weights(model_dir, spec, dtype=TORCH_DTYPES[dtype])
-    cache = KvCache(layout, num_blocks, shareable=shareable)
-    return LlamaRunner(spec, weights, cache, num_threads=num_threads), cache, layout
-
-
-def layout_of(spec: ModelSpec, *, dtype: str, block_size: int) -> KvLayout:
-    return KvLayout(
-        num_layers=spec.num_layers,
-        block_size=block_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=dtype,
-    )
-
-
 def numerics_name(dtype: str, *, rows_vary: bool = False) -> str:
     """Names the numeric paths of this runner: equal names and inputs, equal bits.
 
     Unless rows vary: then only near, and the name makes no secret of it.
     """
     return f"cpu-{dtype}-v{NUMERICS_VERSION}" + ("-rows-vary" if rows_vary else "")
-
-
-def _rows(
-    path: engine_batch.Path,
-    token_ids: tuple[int, ...],
-    start: int,
-    table: Sequence[BlockId],
-    params: SamplingParams,
-) -> Rows:
-    return Rows(path=path, token_ids=token_ids, start=start, block_table=table, sample=params)
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Every supported family computes what `transformers` computes on the same weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,11 @@ import pytest
 import torch
 import transformers
 
-from kvrelay.engine.batch import Rows
-from kvrelay.kv.cache import TORCH_DTYPES
-from kvrelay.model.runner import load_runner
+from kvrelay.kv.cache import TORCH_DTYPES, KvCache
+from kvrelay.model.load import CpuEngine, ModelRunner, layout_of, load_runner
 from kvrelay.model.spec import read_spec
 from kvrelay.model.weights import load_weights
+from kvrelay.native.library import why_not
 from kvrelay.store import gguf_model
 from kvrelay.store.progress import Silent
 from tests.support import tiny_gguf
@@ -111,32 +113,31 @@ def their_logits(model: transformers.PreTrainedModel, ids: list[int]) -> torch.T
     return logits
 
 
-def run(batch: Rows, model_dir: Path, dtype: str) -> torch.Tensor:
-    runner, cache, _ = load_runner(
-        model_dir, dtype=dtype, block_size=16, num_blocks=12, num_threads=1, shareable=False
+@contextmanager
+def loaded(model_dir: Path, dtype: str, engine: CpuEngine = "auto") -> Iterator[ModelRunner]:
+    spec = read_spec(model_dir)
+    layout = layout_of(spec, dtype=dtype, block_size=16)
+    cache = KvCache(layout, 12, shareable=False)
+    runner, _ = load_runner(
+        model_dir, spec, cache, engine=engine, generation_weights="auto", num_threads=1
     )
-    logits = runner.step_logits([batch])[0]
+    yield runner
     cache.close()
-    return logits
 
 
 def assert_same_logits_and_tokens(
     model: transformers.PreTrainedModel, model_dir: Path, ids: tuple[int, ...]
 ) -> None:
     """Logits of the prompt's last row, then greedy tokens through the generation path."""
-    runner, cache, layout = load_runner(
-        model_dir, dtype="float32", block_size=16, num_blocks=12, num_threads=1, shareable=False
-    )
-    assert layout == cache.layout
-    blocks = table(0, 12)
-    (ours,) = runner.step_logits([prompt(ids, 0, blocks)])
-    torch.testing.assert_close(ours, their_logits(model, list(ids))[-1], atol=1e-4, rtol=1e-4)
-    output = runner.step([prompt(ids, 0, blocks)])
-    while len(output) < NUM_OUTPUT:
-        last = output[-1]
-        assert last is not None
-        output += runner.step([generated([last], len(ids) + len(output) - 1, blocks)])
-    cache.close()
+    with loaded(model_dir, "float32") as runner:
+        blocks = table(0, 12)
+        (ours,) = runner.step_logits([prompt(ids, 0, blocks)])
+        torch.testing.assert_close(ours, their_logits(model, list(ids))[-1], atol=1e-4, rtol=1e-4)
+        output = runner.step([prompt(ids, 0, blocks)])
+        while len(output) < NUM_OUTPUT:
+            last = output[-1]
+            assert last is not None
+            output += runner.step([generated([last], len(ids) + len(output) - 1, blocks)])
     teacher = their_logits(model, [*ids, *[token for token in output if token is not None]])
     assert output == teacher[len(ids) - 1 : -1].argmax(-1).tolist()
 
@@ -148,15 +149,34 @@ def test_float32_logits_and_tokens_are_those_of_transformers(
     assert_same_logits_and_tokens(theirs, model_dir, PROMPT)
 
 
-def test_bfloat16_logits_are_near(theirs: transformers.PreTrainedModel, model_dir: Path) -> None:
-    """No farther from float32 than transformers' own bfloat16, give or take."""
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "torch",
+        pytest.param(
+            "native", marks=pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+        ),
+    ],
+)
+def test_bfloat16_logits_are_near(
+    theirs: transformers.PreTrainedModel, model_dir: Path, engine: CpuEngine
+) -> None:
+    """No farther from float32 than transformers' own bfloat16, give or take.
+
+    Of a prompt's last row, and of a generated one's after it.
+    """
     exact = their_logits(theirs, list(PROMPT))[-1]
     their_bfloat16 = transformers.AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=torch.bfloat16, attn_implementation="eager"
     ).eval()
     their_error = (their_logits(their_bfloat16, list(PROMPT))[-1] - exact).abs().max()
-    our_error = (run(prompt(PROMPT, 0, table(0, 12)), model_dir, "bfloat16") - exact).abs().max()
-    assert our_error <= 1.5 * their_error + 0.01 * exact.abs().max()
+    bound = 1.5 * their_error + 0.01 * exact.abs().max()
+    blocks, last = table(0, 12), len(PROMPT) - 1
+    with loaded(model_dir, "bfloat16", engine) as runner:
+        (whole,) = runner.step_logits([prompt(PROMPT, 0, blocks)])
+        (stepped,) = runner.step_logits([generated(PROMPT[last:], last, blocks)])
+    assert (whole - exact).abs().max() <= bound
+    assert (stepped - exact).abs().max() <= bound
 
 
 def test_a_sharded_checkpoint_is_the_same_model(

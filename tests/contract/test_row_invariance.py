@@ -13,9 +13,12 @@ import torch
 
 from kvrelay.engine.batch import Rows
 from kvrelay.kv.cache import TORCH_DTYPES, KvCache
+from kvrelay.model.generation_weights import Blocks, generation_blocks
+from kvrelay.model.native_runner import NativeRunner
 from kvrelay.model.runner import LlamaRunner
 from kvrelay.model.spec import ModelSpec, read_spec
 from kvrelay.model.weights import Weights, load_weights
+from kvrelay.native.library import why_not
 from tests.support.tiny_model import (
     generated,
     prompt,
@@ -38,17 +41,31 @@ SPECS: dict[str, Callable[[], ModelSpec]] = {
     "window": lambda: tiny_spec(architectures=["MistralForCausalLM"], sliding_window=70),
     "qwen3": lambda: tiny_spec(architectures=["Qwen3ForCausalLM"]),
     "qwen2": lambda: tiny_spec(architectures=["Qwen2ForCausalLM"]),
+    # Whole blocks of 32 features, and heads of more than one vector.
+    "blocks": lambda: tiny_spec(hidden_size=64, head_dim=32, intermediate_size=96),
+    "wide-heads": lambda: tiny_spec(hidden_size=64, head_dim=128, intermediate_size=160),
+    "a-group-of-9": lambda: tiny_spec(
+        hidden_size=96, num_attention_heads=9, num_key_value_heads=1, head_dim=32
+    ),
 }
 
-TINY = [(name, "float32") for name in SPECS]
-TINY += [(name, "bfloat16") for name in ("grouped", "one-kv-head-of-7")]
-REAL = pytest.param(
-    ("smollm2", "bfloat16"),
-    marks=[
-        pytest.mark.realmodel,
-        pytest.mark.skipif(not REAL_MODEL.is_dir(), reason=f"no model in {REAL_MODEL}"),
-    ],
+TORCH = [(name, "float32", "torch") for name in SPECS if "block" not in name]
+TORCH += [(name, "bfloat16", "torch") for name in ("grouped", "one-kv-head-of-7")]
+NATIVE = [(name, "bfloat16", "bfloat16") for name in SPECS]
+NATIVE += [("blocks", "bfloat16", "int4"), ("blocks", "bfloat16", "int8")]
+NATIVE += [("wide-heads", "bfloat16", "int4")]
+
+needs_native = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+needs_model = (
+    pytest.mark.realmodel,
+    pytest.mark.skipif(not REAL_MODEL.is_dir(), reason=f"no model in {REAL_MODEL}"),
 )
+MODELS = [
+    *TORCH,
+    *(pytest.param(model, marks=needs_native) for model in NATIVE),
+    pytest.param(("smollm2", "bfloat16", "torch"), marks=needs_model),
+    pytest.param(("smollm2", "bfloat16", "auto"), marks=[*needs_model, needs_native]),
+]
 
 NUM_PROMPT = 300
 NUM_OUTPUT = 9
@@ -63,6 +80,9 @@ class Model:
 
     spec: ModelSpec
     weights: Weights
+    blocks: Blocks | None
+    """Of the compiled engine; torch has none."""
+
     prompt_ids: tuple[int, ...]
     output_ids: tuple[int, ...]
     prompt_logits: torch.Tensor
@@ -78,26 +98,32 @@ class Model:
         return tokens(seed, num_tokens, self.spec.vocab_size)
 
 
-@pytest.fixture(scope="module", params=[*TINY, REAL], ids=str)
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
 def model(request: pytest.FixtureRequest) -> Model:
-    name, dtype = request.param
+    """`torch`, or what the compiled engine generates with."""
+    name, dtype, generation = request.param
     if name in SPECS:
         spec = SPECS[name]()
         weights = tiny_weights(spec, dtype)
     else:
         spec = read_spec(REAL_MODEL)
         weights = load_weights(REAL_MODEL, spec, dtype=TORCH_DTYPES[dtype])
+    own = None
+    if generation != "torch":
+        own = generation_blocks(REAL_MODEL, spec, weights, generation)
     prompt_ids = tokens(1, NUM_PROMPT, spec.vocab_size)
     output_ids = tokens(2, NUM_OUTPUT, spec.vocab_size)
     blocks = table(0, NUM_TABLE_BLOCKS)
-    with runner_of(spec, weights) as (runner, cache):
+    with runner_of(spec, weights, blocks=own) as (runner, cache):
         (prompt_logits,) = runner.step_logits([prompt(prompt_ids, 0, blocks)])
         outputs = [
             runner.step_logits([generated([token], NUM_PROMPT + i, blocks)])[0]
             for i, token in enumerate(output_ids)
         ]
         kv = kv_of(cache, 0)
-    return Model(spec, weights, prompt_ids, output_ids, prompt_logits, torch.stack(outputs), kv)
+    return Model(
+        spec, weights, own, prompt_ids, output_ids, prompt_logits, torch.stack(outputs), kv
+    )
 
 
 def kv_of(cache: KvCache, first_block: int) -> torch.Tensor:
@@ -107,7 +133,7 @@ def kv_of(cache: KvCache, first_block: int) -> torch.Tensor:
 
 
 def neighbours(
-    runner: LlamaRunner, model: Model, count: int
+    runner: LlamaRunner | NativeRunner, model: Model, count: int
 ) -> tuple[list[Rows], Callable[[int], list[Rows]]]:
     """Other sequences in blocks of their own: prompts to begin with, and decoding ones."""
     lengths = [(37 * i * i + 11 * i) % 330 + 1 for i in range(count)]
@@ -137,7 +163,10 @@ def test_a_prompt_has_the_same_bits_however_it_is_cut(
     """Chunks may begin anywhere in a block, a tile or a prefix that was there already."""
     blocks = table(0, NUM_TABLE_BLOCKS)
     first = max(0, NUM_PROMPT - model.max_chunks * chunk)
-    with runner_of(model.spec, model.weights, num_threads=num_threads) as (runner, cache):
+    with runner_of(model.spec, model.weights, blocks=model.blocks, num_threads=num_threads) as (
+        runner,
+        cache,
+    ):
         if first:
             runner.step_logits([prompt(model.prompt_ids[:first], 0, blocks)])
         for start in range(first, NUM_PROMPT, chunk):
@@ -153,7 +182,9 @@ def test_a_sequence_has_the_same_bits_in_any_company(
 ) -> None:
     """Prefilled beside other prompts in uneven chunks, decoded beside others of any length."""
     blocks = table(0, NUM_TABLE_BLOCKS)
-    with runner_of(model.spec, model.weights, num_threads=num_threads, num_blocks=400) as (
+    with runner_of(
+        model.spec, model.weights, blocks=model.blocks, num_threads=num_threads, num_blocks=400
+    ) as (
         runner,
         cache,
     ):
@@ -174,7 +205,10 @@ def test_a_sequence_has_the_same_bits_in_any_company(
 def test_replayed_tokens_have_the_bits_they_had_one_by_one(model: Model, num_threads: int) -> None:
     """Several generated tokens of one sequence in one step, alone or beside a prompt."""
     blocks = table(0, NUM_TABLE_BLOCKS)
-    with runner_of(model.spec, model.weights, num_threads=num_threads) as (runner, cache):
+    with runner_of(model.spec, model.weights, blocks=model.blocks, num_threads=num_threads) as (
+        runner,
+        cache,
+    ):
         runner.step_logits([prompt(model.prompt_ids, 0, blocks)])
         replay = generated(model.output_ids[:4], NUM_PROMPT, blocks)
         beside = prompt(model.tokens(5, 40), 0, table(30, 3))
@@ -187,7 +221,7 @@ def test_replayed_tokens_have_the_bits_they_had_one_by_one(model: Model, num_thr
 def test_what_freed_blocks_hold_is_never_seen(model: Model) -> None:
     """NaN left in every slot not yet written changes no bit."""
     blocks = table(0, NUM_TABLE_BLOCKS)
-    with runner_of(model.spec, model.weights) as (runner, cache):
+    with runner_of(model.spec, model.weights, blocks=model.blocks) as (runner, cache):
         cache.tensor.fill_(torch.nan)
         runner.step_logits([prompt(model.prompt_ids[:20], 0, blocks)])
         (logits,) = runner.step_logits([prompt(model.prompt_ids[20:], 20, blocks)])
@@ -197,12 +231,14 @@ def test_what_freed_blocks_hold_is_never_seen(model: Model) -> None:
             assert torch.equal(logits, model.output_logits[i])
 
 
-@pytest.mark.parametrize("block_size", [1, 8, 24, 256])
+@pytest.mark.parametrize("block_size", [1, 8, 32, 256])
 def test_the_block_size_changes_no_logits(model: Model, block_size: int) -> None:
     """Key tiles lie at absolute positions, whatever the blocks."""
     num_blocks = -(-(NUM_PROMPT + NUM_OUTPUT) // block_size)
     blocks = table(0, num_blocks)
-    with runner_of(model.spec, model.weights, block_size=block_size, num_blocks=num_blocks) as (
+    with runner_of(
+        model.spec, model.weights, blocks=model.blocks, block_size=block_size, num_blocks=num_blocks
+    ) as (
         runner,
         _,
     ):

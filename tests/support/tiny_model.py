@@ -8,7 +8,10 @@ import torch
 
 from kvrelay.engine.batch import Path, Rows
 from kvrelay.kv.cache import TORCH_DTYPES, KvCache
-from kvrelay.model.runner import LlamaRunner, layout_of
+from kvrelay.model.generation_weights import Blocks
+from kvrelay.model.load import layout_of
+from kvrelay.model.native_runner import NativeRunner
+from kvrelay.model.runner import LlamaRunner
 from kvrelay.model.spec import ModelSpec, spec_of
 from kvrelay.model.weights import Weights, random_weights
 from kvrelay.types import BlockId, SamplingParams
@@ -47,13 +50,25 @@ def runner_of(
     num_threads: int = 1,
     block_size: int = 16,
     num_blocks: int = 400,
-) -> Iterator[tuple[LlamaRunner, KvCache]]:
-    """A runner and its cache; the thread count is put back at the end."""
+    blocks: Blocks | None = None,
+) -> Iterator[tuple[LlamaRunner | NativeRunner, KvCache]]:
+    """A runner and its cache; the thread count is put back at the end.
+
+    With `blocks` the compiled engine, which generates with them; without, torch.
+    """
     dtype = str(weights.dtype).removeprefix("torch.")
     cache = KvCache(layout_of(spec, dtype=dtype, block_size=block_size), num_blocks, shareable=True)
     before = torch.get_num_threads()
     try:
-        yield LlamaRunner(spec, weights, cache, num_threads=num_threads), cache
+        if blocks is None:
+            yield LlamaRunner(spec, weights, cache, num_threads=num_threads), cache
+        else:
+            yield (
+                NativeRunner(
+                    spec, weights, blocks, cache, max_threads=num_threads, generation="test"
+                ),
+                cache,
+            )
     finally:
         torch.set_num_threads(before)
         cache.close()
