@@ -9,9 +9,10 @@ MODEL := smollm2-135m-instruct
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python3.13 python3.14 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$p" && break; done)
 PYTEST := $(BIN)/python -m pytest -q
+GPU := $(or $(GPU_PYTHON),$(BIN)/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pull demo test test-fast check protos proto-check fmt fmt-check lint type imports chaos clean
+.PHONY: bench-control bench-peers gpu help setup pull demo test test-fast check protos proto-check fmt fmt-check lint type imports chaos clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -39,6 +40,17 @@ test-fast: $(SETUP) ## The tests that start no processes
 
 chaos: pull ## Only the tests that kill, stop or starve processes
 	$(PYTEST) -m chaos
+
+bench-peers: pull ## kvrelay beside vLLM and llama.cpp on the same work, half an hour; PEERS=--help
+	$(BIN)/python -m kvrelay.cli.bench_peers $(PEERS)
+
+bench-control: pull ## Tokens/s through the coordinator alone, on one core; CONTROL=--help
+	$(BIN)/python -m kvrelay.bench.control $(CONTROL)
+
+gpu: $(if $(GPU_PYTHON),,$(SETUP)) ## What needs a CUDA device: kernel tests, a pair on one GPU, the benchmark
+	@$(GPU) -m tests.bench.gpu --check
+	$(GPU) -m pytest -q tests/gpu
+	$(GPU) -m tests.bench.gpu --out docs/results
 
 check: fmt-check lint type test-fast ## What must hold before a commit; stubs and imports are among the tests
 

@@ -11,7 +11,7 @@ transport has stopped writing, which its `pull` promises once it has returned or
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import structlog
@@ -28,6 +28,7 @@ from kvrelay.obs.metrics import WorkerMetrics
 from kvrelay.transfer.base import BlockCopy, KvTransport, RemoteHold
 from kvrelay.transfer.build import transport_for
 from kvrelay.transfer.digest import block_digests, handoff_digest
+from kvrelay.types import BlockId
 
 log = structlog.get_logger(__name__)
 
@@ -226,9 +227,7 @@ class Lander:
         landing.pull_s += stats.elapsed_s
         landing.intake.landed(batch)
         landing.landed_s = self._clock.now()
-        digests = await asyncio.to_thread(
-            block_digests, self._cache, [copy.target for copy in batch]
-        )
+        digests = await _taken_in(self._cache, [copy.target for copy in batch])
         landing.intake.verify(batch, digests)
 
     async def _release(self, landing: _Landing, transport: str) -> Landed:
@@ -271,3 +270,27 @@ class Lander:
             prompt_ids=landing.request.prompt_ids,
             block_digests=landing.intake.digests,
         )
+
+
+def _take_in(cache: KvCache, blocks: Sequence[BlockId]) -> list[int]:
+    """Digests of blocks that have landed, and the blocks where they are computed with.
+
+    As with the pull itself: nobody computes with what the digests do not verify.
+    """
+    digests = block_digests(cache, blocks)
+    cache.landed(blocks)
+    return digests
+
+
+async def _taken_in(cache: KvCache, blocks: Sequence[BlockId]) -> list[int]:
+    """As `_take_in`, in a thread, and over on return, cancelled or not: the thread writes to
+    blocks that the caller may free.
+    """
+    taking = asyncio.create_task(asyncio.to_thread(_take_in, cache, blocks))
+    try:
+        return await asyncio.shield(taking)
+    except asyncio.CancelledError:
+        while not taking.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([taking])
+        raise

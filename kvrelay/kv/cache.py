@@ -6,6 +6,7 @@ an anonymous file of fixed size: whoever is passed its descriptor maps the same 
 
 import fcntl
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,12 @@ class KvCache:
         assert self._blocks is not None, "the cache is closed"
         assert 0 <= block_id < self.num_blocks, block_id
         return memoryview(self._blocks[block_id])
+
+    def landed(self, blocks: Iterable[int]) -> None:
+        """A pull has filled and somebody verified these blocks. Call before any is computed with.
+
+        This memory is what is computed with, so there is nothing to do. For a thread.
+        """
 
     def close(self) -> None:
         """Close the descriptor and let go of the memory. Safe to repeat."""

@@ -160,7 +160,7 @@ class EngineUnderTest:
 
 @contextmanager
 def running_engine(
-    sched: Scheduler | None = None, *, gate: StepGate | None = None, clock=None
+    sched: Scheduler | None = None, *, gate: StepGate | None = None, clock=None, presence=None
 ) -> Iterator[EngineUnderTest]:
     """A started engine on a scripted model; at the end stopped, and its invariants proven."""
     sink = Recorder()
@@ -171,6 +171,7 @@ def running_engine(
         sink=sink,
         clock=clock or MonotonicClock(),
         on_failure=sink.on_failure,
+        presence=presence,
     )
     engine.start()
     try:

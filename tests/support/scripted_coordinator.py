@@ -16,6 +16,7 @@ from coordinator.relay import Relay
 from coordinator.request import ModelInfo
 from coordinator.router import Disaggregate, PrefixMap, Router, RouteRules
 from coordinator.service import GenerateServicer, PoolServicer
+from coordinator.turns import Turns
 from coordinator.workers import Workers
 from kvrelay.clock import MonotonicClock
 from kvrelay.obs.metrics import CoordinatorMetrics
@@ -112,6 +113,7 @@ async def scripted_coordinator(
         mint_seed=lambda: 7,
         hash_key=b"k",
         max_remembered=max_remembered,
+        turns=Turns(),
     )
     canary = Canary(
         relay=relay,

@@ -1,0 +1,118 @@
+"""The KV of one worker on a device, and a copy of it in host memory for whoever moves it.
+
+    1. a prompt's blocks are computed on the device; `mirror` copies them to the host
+    2. transports read and write the host's copy, as they do on a machine without a device
+    3. blocks that a pull has filled go to the device with `landed`, before anybody computes
+       with them
+
+Prompt blocks are equal on both sides from the end of the step that computed them, or from
+`landed`, on. Blocks of generated tokens are never handed over, so nobody copies them.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import structlog
+import torch
+
+from kvrelay.kv.cache import TORCH_DTYPES, KvCache
+from kvrelay.kv.layout import KvLayout
+
+log = structlog.get_logger(__name__)
+
+
+class DeviceCache(KvCache):
+    """Owns the memory on both sides; each takes `num_bytes`.
+
+    `tensor` and `block_bytes` are the host's side. On a CUDA device the host's side is
+    page-locked where the system allows it, so that copies run beside the computation.
+    """
+
+    def __init__(
+        self, layout: KvLayout, num_blocks: int, *, shareable: bool, device: torch.device
+    ) -> None:
+        super().__init__(layout, num_blocks, shareable=shareable)
+        self.device = device
+        self._on_device: torch.Tensor | None = torch.zeros(
+            (num_blocks, *layout.block_shape), dtype=TORCH_DTYPES[layout.dtype], device=device
+        )
+        self._to_host = self._to_device = None
+        self._locked_at: int | None = None
+        if device.type == "cuda":
+            self._to_host = torch.cuda.Stream(device)
+            self._to_device = torch.cuda.Stream(device)
+            self._locked_at = _page_lock(self.tensor)
+
+    @property
+    def on_device(self) -> torch.Tensor:
+        """[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], contiguous."""
+        assert self._on_device is not None, "the cache is closed"
+        return self._on_device
+
+    def mirror(self, blocks: Iterable[int]) -> None:
+        """Begin to copy blocks to the host, after all that was launched before.
+
+        Call from the computing thread; the bytes are there after `wait_mirrored`.
+        """
+        if self._to_host is None:
+            self._copy(self.tensor, self.on_device, blocks)
+            return
+        self._to_host.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._to_host):
+            self._copy(self.tensor, self.on_device, blocks)
+
+    def wait_mirrored(self) -> None:
+        """Until what `mirror` was called for is in host memory."""
+        if self._to_host is not None:
+            self._to_host.synchronize()
+
+    def landed(self, blocks: Iterable[int]) -> None:
+        """Copy blocks that a pull has filled to the device; they are there on return.
+
+        For any thread: the blocks are their landing sequence's, so nothing computes with them.
+        """
+        if self._to_device is None:
+            self._copy(self.on_device, self.tensor, blocks)
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self._to_device):
+            self._copy(self.on_device, self.tensor, blocks)
+            self._to_device.synchronize()
+
+    def close(self) -> None:
+        """Let go of both sides. Safe to repeat."""
+        if self._locked_at is not None:
+            _page_unlock(self._locked_at)
+            self._locked_at = None
+        self._on_device = None
+        super().close()
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, blocks: Iterable[int]) -> None:
+        for first, last in runs_of(blocks):
+            target[first:last].copy_(source[first:last], non_blocking=True)
+
+
+def runs_of(blocks: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of neighbours, each block once, in ascending order."""
+    first = last = -1
+    for block in sorted(set(blocks)):
+        if block != last:
+            if last > first:
+                yield first, last
+            first = block
+        last = block + 1
+    if last > first:
+        yield first, last
+
+
+def _page_lock(memory: torch.Tensor) -> int | None:
+    """Where the locked memory begins; None where the system does not allow it."""
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if code != 0:
+        log.warning("kv.not_page_locked", cuda_error=code, num_bytes=memory.nbytes)
+        return None
+    return memory.data_ptr()
+
+
+def _page_unlock(address: int) -> None:
+    code = int(torch.cuda.cudart().cudaHostUnregister(address))
+    if code != 0:
+        log.warning("kv.not_unlocked", cuda_error=code)
