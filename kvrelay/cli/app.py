@@ -134,8 +134,8 @@ def up(
         Dtype | None, typer.Option(help="Of weights and KV. Default: the workers'.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of each worker. Default: the cores, shared out.")
-    ] = None,
+        int, typer.Option(min=0, help="Most of each worker. 0: all cores, shared as needed.")
+    ] = 0,
     block_size: Annotated[
         BlockSize | None, typer.Option(help="Token slots of a KV block. Default: the workers'.")
     ] = None,
@@ -163,7 +163,7 @@ def up(
             model=model,
             num_prefill=prefill,
             num_decode=decode,
-            num_threads=threads or command.share_of_cores(prefill + decode),
+            num_threads=threads,
             transport=transport.value,
             disaggregate=disaggregate.value,
             dtype=dtype.value if dtype else None,

@@ -17,7 +17,6 @@ from kvrelay.cli.up import (
     explain_failure,
     make_deployment,
     make_log_dir,
-    share_of_cores,
     with_model,
 )
 from kvrelay.client import Client, GenerateOptions, Message
@@ -31,7 +30,7 @@ def demo(question: str, model: str) -> None:
     """Start a deployment, answer one question, show where the time went, and stop."""
     screen = Screen(Console(stderr=True, highlight=False))
     try:
-        topology = Topology(model=model, num_threads=share_of_cores(2), disaggregate="always")
+        topology = Topology(model=model, disaggregate="always")
         topology = with_model(topology, screen.console)
         asyncio.run(_demo(topology, question, make_log_dir(None), screen))
     except (ServingError, ConnectionLost) as error:

@@ -21,9 +21,10 @@ from kvrelay.store.catalog import KNOWN_MODELS
 from kvrelay.store.manifest import cache_dir, models_dir
 from kvrelay.store.pull import ensure
 from kvrelay.supervise import logs
-from kvrelay.supervise.deployment import Deployment, PortTaken
+from kvrelay.supervise.deployment import Deployment
 from kvrelay.supervise.keeper import Event, ProcessFailed
-from kvrelay.supervise.topology import Topology, threads_of_each
+from kvrelay.supervise.ports import PortTaken
+from kvrelay.supervise.topology import Topology
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -66,11 +67,6 @@ def _refuse_unknown(model: str) -> None:
         model,
         f"no such model; known: {known}; or a .gguf file or a Hugging Face directory that exists",
     )
-
-
-def share_of_cores(num_workers: int) -> int:
-    """Threads of each worker on this machine."""
-    return threads_of_each(len(os.sched_getaffinity(0)), num_workers)
 
 
 def make_log_dir(chosen: Path | None) -> Path:

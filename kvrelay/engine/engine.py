@@ -18,6 +18,7 @@ import structlog
 
 from kvrelay.clock import Clock
 from kvrelay.engine.batch import Runner
+from kvrelay.engine.cores import Presence, Unseen
 from kvrelay.engine.request import EngineRequest, Granted, StepResult
 from kvrelay.engine.scheduler import Scheduler, StepPlan
 from kvrelay.engine.sequence import State
@@ -78,12 +79,14 @@ class Engine:
         sink: Callable[[StepResult], None],
         clock: Clock,
         on_failure: Callable[[BaseException], None],
+        presence: Presence | None = None,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._sink = sink
         self._clock = clock
         self._on_failure = on_failure
+        self._presence = presence or Unseen()
         self._changed = threading.Condition()
         self._stopwatch = Stopwatch()
         self._meter = StepMeter()
@@ -199,7 +202,9 @@ class Engine:
             while not self._is_stopping:
                 plan = self._scheduler.plan()
                 if plan.rows or plan.granted:
+                    self._presence.busy(bool(plan.rows))
                     return plan
+                self._presence.busy(False)
                 self._changed.wait()
         return None
 

@@ -1,18 +1,18 @@
 """A whole deployment on this machine, from the first process to the last.
 
-1. The coordinator starts; it says where it listens.
-2. The workers start and join it.
+1. The coordinator's ports are reserved, so that its address is known before it listens.
+2. All processes start at once; the workers join as soon as both sides are there.
 3. It is ready when the coordinator serves, that is, when a canary crossed the pool.
 4. Whatever dies is started again under its name; the coordinator keeps its addresses.
 5. Draining: the coordinator first, so that it finishes its streams, then the workers.
 """
 
 import asyncio
-import socket
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from kvrelay.client import Client, Pool
 from kvrelay.clock import Clock
@@ -21,7 +21,10 @@ from kvrelay.supervise.backoff import Backoff
 from kvrelay.supervise.child import Address
 from kvrelay.supervise.keeper import Event, Keeper
 from kvrelay.supervise.logs import LogFile
+from kvrelay.supervise.ports import ReservedPort
 from kvrelay.supervise.topology import Topology
+
+_Result = TypeVar("_Result")
 
 _GRACE_S = 3.0
 """Beyond its own drain limit, before a process is killed."""
@@ -31,13 +34,6 @@ _QUICKLY_S = 0.5
 
 _WORKER_DRAIN_S = 10.0
 """Workers have nothing left to do once the coordinator is gone."""
-
-
-class PortTaken(Exception):
-    """Something else listens where the coordinator was to."""
-
-    def __init__(self, address: str, flag: str) -> None:
-        super().__init__(f"{address} is taken; choose another port with {flag}, or 0 for any")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +71,7 @@ class Deployment:
         self._jitter = jitter
         self._on_event = on_event
         self._workers: list[Keeper] = []
+        self._reserved: list[ReservedPort] = []
         self._coordinator = self._keeper("coordinator", self._coordinator_argv)
 
     async def start(self) -> Ready:
@@ -84,14 +81,12 @@ class Deployment:
             PortTaken: nothing was started.
             ProcessFailed: a process could not be brought up; `drain` ends the others.
         """
-        _refuse_taken(self._listen, "--grpc-port")
-        _refuse_taken(self._http_listen, "--http-port")
+        self._listen = self._reserve(self._listen, "--grpc-port")
+        self._http_listen = self._reserve(self._http_listen, "--http-port")
         self._coordinator.start()
-        address = await self._coordinator.listening()
-        self._listen, self._http_listen = address.grpc, address.http
         for role, i in self._topology.workers:
-            self._start_worker(role, i, coordinator=address.grpc)
-        pool = await self._unless_failed(_serving(address.grpc))
+            self._start_worker(role, i)
+        address, pool = await self._unless_failed(self._serving())
         for keeper in (self._coordinator, *self._workers):
             keeper.trust()
         roles = [member.identity.role.value for member in pool.members]
@@ -103,7 +98,10 @@ class Deployment:
         was_clean = await self._coordinator.stop(timeout_s=drain_s + _GRACE_S)
         limit_s = min(drain_s, _WORKER_DRAIN_S) + _GRACE_S
         stops = [keeper.stop(timeout_s=limit_s) for keeper in self._workers]
-        return all([was_clean, *await asyncio.gather(*stops)])
+        are_clean = await asyncio.gather(*stops)
+        for reserved in self._reserved:
+            reserved.close()
+        return all([was_clean, *are_clean])
 
     async def active_requests(self) -> int | None:
         """How many requests are running; None if that cannot be told quickly."""
@@ -120,8 +118,19 @@ class Deployment:
         for keeper in (self._coordinator, *self._workers):
             keeper.kill()
 
-    def _start_worker(self, role: str, index: int, *, coordinator: str) -> None:
-        argv = self._topology.worker(role, index, coordinator=coordinator)
+    async def _serving(self) -> tuple[Address, Pool]:
+        """Where the coordinator listens, and the pool, once it serves."""
+        address = await self._coordinator.listening()
+        return address, await _serving(address.grpc)
+
+    def _reserve(self, address: str, flag: str) -> str:
+        """The address with a real port, which is ours until `drain`."""
+        port = ReservedPort(address, flag=flag)
+        self._reserved.append(port)
+        return port.address
+
+    def _start_worker(self, role: str, index: int) -> None:
+        argv = self._topology.worker(role, index, coordinator=self._listen)
         keeper = self._keeper(f"{role}-{index}", lambda: argv)
         self._workers.append(keeper)
         keeper.start()
@@ -139,7 +148,7 @@ class Deployment:
             on_event=self._on_event,
         )
 
-    async def _unless_failed(self, work: Coroutine[None, None, Pool]) -> Pool:
+    async def _unless_failed(self, work: Coroutine[None, None, _Result]) -> _Result:
         """The result of `work`, or the failure of the first process that gives up."""
         keepers = (self._coordinator, *self._workers)
         tasks = {asyncio.create_task(keeper.failed()) for keeper in keepers}
@@ -165,13 +174,3 @@ async def _serving(target: str) -> Pool:
                         return await client.pool()
             except PeerUnavailable:
                 continue  # the next watch waits for the connection
-
-
-def _refuse_taken(address: str, flag: str) -> None:
-    host, _, port = address.rpartition(":")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, int(port)))
-        except OSError as error:
-            raise PortTaken(address, flag) from error

@@ -15,8 +15,8 @@ class Topology:
 
     num_prefill: int = 1
     num_decode: int = 1
-    num_threads: int = 1
-    """Of each worker."""
+    num_threads: int = 0
+    """At most, of each worker. 0: as the cores allow."""
 
     transport: str = "auto"
     disaggregate: str = "auto"
@@ -56,8 +56,3 @@ class Topology:
         """Role and index of each worker."""
         pools = (("prefill", self.num_prefill), ("decode", self.num_decode))
         return tuple((role, i) for role, count in pools for i in range(count))
-
-
-def threads_of_each(num_cores: int, num_workers: int) -> int:
-    """Threads of a worker that shares the machine with the others."""
-    return max(1, num_cores // max(1, num_workers))

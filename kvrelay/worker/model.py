@@ -1,6 +1,7 @@
 """Loads what a worker computes with, warm, and says what others must have to be its peers."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
@@ -8,11 +9,14 @@ from kvrelay.clock import Clock
 from kvrelay.config import SettingsError
 from kvrelay.engine.batch import Runner
 from kvrelay.kv.cache import KvCache
-from kvrelay.model.runner import layout_of, load_runner
-from kvrelay.model.spec import read_spec
+from kvrelay.kv.layout import KvLayout
+from kvrelay.model.load import ModelRunner, layout_of, load_runner
+from kvrelay.model.spec import ModelSpec, read_spec
 from kvrelay.rpc.submit import ModelBounds
 from kvrelay.store.manifest import model_digest, read_model_dir, resolve_model
 from kvrelay.types import Fingerprint
+from kvrelay.worker.cores import CoreShare
+from kvrelay.worker.device import chosen_device, load_on_cuda
 from kvrelay.worker.settings import WorkerSettings
 
 log = structlog.get_logger(__name__)
@@ -28,7 +32,7 @@ class LoadedModel:
     bounds: ModelBounds
 
 
-def load_model(settings: WorkerSettings, clock: Clock) -> LoadedModel:
+def load_model(settings: WorkerSettings, clock: Clock, cores: CoreShare) -> LoadedModel:
     """Load and warm up. Takes seconds; the caller closes the cache.
 
     Raises:
@@ -46,14 +50,7 @@ def load_model(settings: WorkerSettings, clock: Clock) -> LoadedModel:
             f"kv_memory_mib = {settings.kv_memory_mib}: "
             f"one block of this model takes {layout.block_num_bytes} bytes"
         )
-    runner, cache, layout = load_runner(
-        model_dir,
-        dtype=settings.dtype,
-        block_size=settings.block_size,
-        num_blocks=num_blocks,
-        num_threads=settings.threads,
-        shareable=settings.transport != "stream",
-    )
+    runner, cache = _load(model_dir, spec, layout, settings, num_blocks, cores)
     loaded_s = clock.now()
     runner.warm_up()
     log.info(
@@ -70,3 +67,29 @@ def load_model(settings: WorkerSettings, clock: Clock) -> LoadedModel:
     )
     bounds = ModelBounds(vocab_size=spec.vocab_size, context_tokens=spec.max_position_embeddings)
     return LoadedModel(runner=runner, cache=cache, fingerprint=fingerprint, bounds=bounds)
+
+
+def _load(
+    model_dir: Path,
+    spec: ModelSpec,
+    layout: KvLayout,
+    settings: WorkerSettings,
+    num_blocks: int,
+    cores: CoreShare,
+) -> tuple[ModelRunner, KvCache]:
+    if chosen_device(settings) == "cuda":
+        return load_on_cuda(model_dir, spec, layout, settings, num_blocks=num_blocks)
+    assert settings.generation_weights != "fp8", "refused before"
+    cache = KvCache(layout, num_blocks, shareable=settings.transport != "stream")
+    runner, why_not_native = load_runner(
+        model_dir,
+        spec,
+        cache,
+        engine=settings.cpu_engine,
+        generation_weights=settings.generation_weights,
+        num_threads=cores.most_threads,
+        torch_threads=cores.fixed_threads,
+    )
+    if why_not_native is not None:
+        log.info("model.not_native", reason=why_not_native)
+    return runner, cache

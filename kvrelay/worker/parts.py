@@ -4,6 +4,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from kvrelay import process
 from kvrelay.clock import Clock, MonotonicClock
 from kvrelay.engine.batch import Runner
+from kvrelay.engine.cores import Presence
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import StepResult
 from kvrelay.engine.scheduler import Scheduler, StepLimits
@@ -23,6 +25,7 @@ from kvrelay.transfer.base import KvTransport
 from kvrelay.transfer.build import build_transports
 from kvrelay.types import Role, WorkerIdentity
 from kvrelay.worker.bridge import StepBridge, TimedRunner
+from kvrelay.worker.cores import CoreShare, ResizableRunner, SharingRunner, yield_to_others
 from kvrelay.worker.model import LoadedModel, load_model
 from kvrelay.worker.settings import WorkerSettings
 
@@ -78,15 +81,20 @@ async def worker_parts(settings: WorkerSettings, name: Name) -> AsyncIterator[Wo
     clock = MonotonicClock()
     registry = CollectorRegistry()
     metrics = WorkerMetrics(name.role, registry)
-    model = load_model(settings, clock)
-    bridge = StepBridge(asyncio.get_running_loop(), on_failure=process.crash)
+    loop = asyncio.get_running_loop()
+    cores = CoreShare.join(name.role, limit=settings.threads)
+    starter = ThreadPoolExecutor(1, "start")
+    model = await loop.run_in_executor(starter, load_model, settings, clock, cores)
+    yield_to_others(settings.nice)  # what computes, not what will serve
+    bridge = StepBridge(loop, on_failure=process.crash)
     engine = make_engine(
-        TimedRunner(model.runner, metrics, clock),
+        TimedRunner(_sharing(model.runner, cores), metrics, clock),
         model.cache,
         limits=step_limits(settings),
         sink=bridge,
         on_failure=process.crash,
         clock=clock,
+        presence=cores,
     )
     transports = build_transports(
         settings.transport,
@@ -98,7 +106,8 @@ async def worker_parts(settings: WorkerSettings, name: Name) -> AsyncIterator[Wo
     for transport in transports:
         transport.register(model.cache)
     exporter = serve_metrics(settings.metrics_listen, registry) if settings.metrics_listen else None
-    engine.start()
+    await loop.run_in_executor(starter, engine.start)
+    starter.shutdown()
     try:
         yield WorkerParts(
             name=name,
@@ -112,6 +121,7 @@ async def worker_parts(settings: WorkerSettings, name: Name) -> AsyncIterator[Wo
         )
     finally:
         await close(engine, transports, model.cache)
+        cores.close()
         if exporter is not None:
             exporter.close()
 
@@ -124,11 +134,24 @@ def make_engine(
     sink: Callable[[StepResult], None],
     on_failure: Callable[[BaseException], None],
     clock: Clock,
+    presence: Presence | None = None,
 ) -> Engine:
     """An engine over all blocks of `cache`, not started."""
     index = PrefixIndex(block_size=cache.layout.block_size, key=secrets.token_bytes(32))
     scheduler = Scheduler(BlockPool(cache.num_blocks, index), index, limits=limits)
-    return Engine(runner=runner, scheduler=scheduler, sink=sink, clock=clock, on_failure=on_failure)
+    return Engine(
+        runner=runner,
+        scheduler=scheduler,
+        sink=sink,
+        clock=clock,
+        on_failure=on_failure,
+        presence=presence,
+    )
+
+
+def _sharing(runner: Runner, cores: CoreShare) -> Runner:
+    """The runner, made to follow its share of the cores if it can."""
+    return SharingRunner(runner, cores) if isinstance(runner, ResizableRunner) else runner
 
 
 def step_limits(settings: WorkerSettings) -> StepLimits:

@@ -19,11 +19,30 @@ class WorkerSettings(ServiceSettings):
     worker_id: Annotated[str, StringConstraints(pattern=r"^([a-z0-9.-]{1,64})?$")] = ""
     """Stable name in the pool. Empty: made up at each start."""
 
-    threads: int = Field(default=1, ge=1, le=1024)
-    """CPU threads that compute. Workers that share a machine should share its cores."""
+    threads: int = Field(default=0, ge=0, le=1024)
+    """Most CPU threads that compute. 0: as many as there are cores, shared with those workers
+    of this user that compute at the same time."""
+
+    nice: int = Field(default=0, ge=0, le=19)
+    """How far this worker's computing stands back where cores are short, as nice(1) has it."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights and KV. Equal in all workers of a pool."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where this worker computes. `auto`: on a CUDA device where there is one that can, else on
+    the CPU. A device's KV takes as much again in host memory, where transports find it."""
+
+    cpu_engine: Literal["auto", "native", "torch"] = "auto"
+    """What computes on a CPU. `native`: the compiled engine, which wants AVX-512 with bfloat16;
+    `torch`: slower, and for any CPU. `auto`: native where it can. Each gives other bits, so all
+    workers of a pool need the same."""
+
+    generation_weights: Literal["auto", "bfloat16", "fp8", "int8", "int4"] = "auto"
+    """What generated tokens are computed with; prompts are always computed with `dtype`.
+    `auto`: on the CPU a GGUF's own 4-bit and 8-bit blocks where the model has them, else
+    bfloat16. fp8 (CUDA only), int8 and int4 are made of the weights at start. Equal in all
+    workers of a pool."""
 
     block_size: Literal[8, 16, 32, 64] = 16
     """Tokens per KV block. Equal in all workers of a pool."""

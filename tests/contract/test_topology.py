@@ -7,7 +7,7 @@ import pytest
 from coordinator.config import CoordinatorConfig
 from decode_svc.config import DecodeConfig
 from kvrelay.config import read_settings
-from kvrelay.supervise.topology import Topology, threads_of_each
+from kvrelay.supervise.topology import Topology
 from prefill_svc.config import PrefillConfig
 
 EVERYTHING = Topology(
@@ -70,11 +70,3 @@ def test_every_worker_has_its_own_name():
     names = [f"{role}-{i}" for role, i in EVERYTHING.workers]
 
     assert names == ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"]
-
-
-@pytest.mark.parametrize(("cores", "workers", "threads"), [(8, 2, 4), (2, 5, 1), (1, 1, 1)])
-def test_cores_are_shared_out_and_nobody_goes_without(cores, workers, threads):
-    """
-    At least one thread each, even where there are more workers than cores.
-    """
-    assert threads_of_each(cores, workers) == threads

@@ -32,7 +32,7 @@ def test_a_flag_is_a_number_where_a_number_is_meant(service, config):
         ("--block-size", "12"),
         ("--block-size", "x"),
         ("--dtype", "float16"),
-        ("--threads", "0"),
+        ("--threads", "-1"),
         ("--worker-id", "Not A Name"),
         ("--coordinator", "nowhere"),
         ("--budget-tokens", "1"),

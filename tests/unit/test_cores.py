@@ -1,0 +1,52 @@
+"""How cores are shared out: everybody gets some, and together they get them all."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvrelay.engine.cores import fixed_threads, threads_for, usable_cores
+
+
+def threads(num_cores, before, after, *, limit=0):
+    return threads_for(num_cores=num_cores, limit=limit, busy_before=before, busy_after=after)
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "before", "after", "wanted"),
+    [(2, 0, 0, 2), (2, 0, 1, 1), (2, 1, 0, 1), (3, 0, 1, 2), (3, 1, 0, 1), (1, 0, 0, 1)],
+)
+def test_two_workers_share_and_one_alone_has_all(num_cores, before, after, wanted):
+    """Spare cores go to the worker that stands first."""
+    assert threads(num_cores, before, after) == wanted
+
+
+@given(num_cores=st.integers(1, 64), num_busy=st.integers(1, 128))
+def test_busy_workers_use_each_core_once(num_cores, num_busy):
+    """Their shares add up to the cores, or to one each where there are too few."""
+    shares = [threads(num_cores, i, num_busy - 1 - i) for i in range(num_busy)]
+
+    assert sum(shares) == max(num_cores, num_busy)
+    assert max(shares) - min(shares) <= 1
+    assert shares == sorted(shares, reverse=True)
+
+
+@given(num_cores=st.integers(1, 64), before=st.integers(0, 8), limit=st.integers(1, 8))
+def test_a_limit_is_never_exceeded(num_cores, before, limit):
+    """Nor is a worker ever left without a thread."""
+    assert 1 <= threads(num_cores, before, 0, limit=limit) <= limit
+
+
+@pytest.mark.parametrize(
+    ("num_allowed", "quotas", "wanted"),
+    [(8, [], 8), (8, [2.0], 2), (8, [3.7, 12.0], 3), (8, [0.5], 1), (1, [4.0], 1)],
+)
+def test_a_quota_counts_in_whole_cores(num_allowed, quotas, wanted):
+    """The least of all limits, rounded down, but never none."""
+    assert usable_cores(num_allowed, quotas) == wanted
+
+
+def test_who_cannot_change_leaves_room_for_one_more():
+    """Half of the cores, unless the number was chosen."""
+    assert fixed_threads(num_cores=8, limit=0) == 4
+    assert fixed_threads(num_cores=1, limit=0) == 1
+    assert fixed_threads(num_cores=8, limit=6) == 6
