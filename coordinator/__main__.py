@@ -26,6 +26,7 @@ from coordinator.request import ModelInfo, sampling_defaults
 from coordinator.router import Disaggregate, PrefixMap, Router, RouteRules
 from coordinator.service import GenerateServicer, PoolServicer
 from coordinator.tokenizer import Tokenizer
+from coordinator.turns import Turns
 from coordinator.workers import Workers
 from kvrelay import process
 from kvrelay.clock import MonotonicClock
@@ -97,6 +98,7 @@ async def _serve(config: CoordinatorConfig) -> None:
         mint_seed=lambda: secrets.randbits(64),
         hash_key=secrets.token_bytes(32),
         max_remembered=config.max_ledgers,
+        turns=Turns(),
     )
     metrics.num_requests_running.set_function(lambda: relay.num_active - relay.num_waiting)
     metrics.num_requests_waiting.set_function(lambda: relay.num_waiting)

@@ -18,6 +18,9 @@ MAX_UNSETTLED_TOKENS = 64
 four bytes at most, so only a model that emits rubbish comes near."""
 
 
+_State = tuple[list[int], int, str]
+
+
 class Decoder(Protocol):
     """What is needed of a tokenizer."""
 
@@ -58,12 +61,27 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that may be sent now. Nothing follows once `stopped`."""
+        if self.stopped is not None:
+            return ""
+        before = self._characters.mark()
+        text = self._characters.push(token_ids)
+        if not self._stop_strings:
+            self.num_used += len(token_ids)
+            return text
+        if len(token_ids) > 1 and self._first_completed(text) is not None:
+            # Which token completes it decides what counts as used.
+            self._characters.go_back(before)
+            return self._push_each(token_ids)
+        self.num_used += len(token_ids)
+        return self._settle(text, is_last=False)
+
+    def _push_each(self, token_ids: Sequence[int]) -> str:
         sendable = ""
         for token_id in token_ids:
             if self.stopped is not None:
                 break
             self.num_used += 1
-            sendable += self._settle(self._characters.push(token_id), is_last=False)
+            sendable += self._settle(self._characters.push((token_id,)), is_last=False)
         return sendable
 
     def finish(self) -> str:
@@ -73,8 +91,8 @@ class Detokenizer:
         return self._settle(self._characters.flush(), is_last=True)
 
     def _settle(self, text: str, *, is_last: bool) -> str:
+        found = self._first_completed(text)
         self._held += text
-        found = _first_completed(self._held, self._stop_strings)
         if found is not None:
             start, self.stopped = found
             sendable, self._held = self._held[:start], ""
@@ -83,6 +101,14 @@ class Detokenizer:
         cut = len(self._held) - num_kept
         sendable, self._held = self._held[:cut], self._held[cut:]
         return sendable
+
+    def _first_completed(self, text: str) -> tuple[int, str] | None:
+        """Where in what is held and `text` the stop string begins whose last character comes
+        first, and which it is.
+        """
+        whole = self._held + text
+        found = [(at, stop) for stop in self._stop_strings if (at := whole.find(stop)) >= 0]
+        return min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]), default=None)
 
     def _num_maybe_stop(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
@@ -113,10 +139,35 @@ class _Characters:
         self._num_settled = len(self._window)
         self._sent = self._decode(self._window)
 
-    def push(self, token_id: int) -> str:
-        if token_id in self._skipped:
-            return ""
-        self._window.append(token_id)
+    def mark(self) -> _State:
+        """Where we are, for `go_back`."""
+        return self._window, self._num_settled, self._sent
+
+    def go_back(self, mark: _State) -> None:
+        self._window, self._num_settled, self._sent = mark
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The characters that these complete: the same, whether they come together or singly."""
+        heard = [token_id for token_id in token_ids if token_id not in self._skipped]
+        if len(heard) > 1:
+            window = self._window + heard
+            text = self._decode(window)
+            if self._is_plain(text):
+                self._window = window
+                return self._advance(text)
+        return "".join(map(self._push_one, heard))
+
+    def _is_plain(self, text: str) -> bool:
+        """Whether what follows the text that was sent is whole characters and nothing else."""
+        num_sent = len(self._sent)
+        return (
+            len(text) > num_sent
+            and text.startswith(self._sent)
+            and text.find(REPLACEMENT, num_sent) < 0
+        )
+
+    def _push_one(self, token_id: int) -> str:
+        self._window = [*self._window, token_id]
         text = self._decode(self._window)
         is_cut_off = text.endswith(REPLACEMENT)
         num_unsettled = len(self._window) - self._num_settled
@@ -139,9 +190,3 @@ class _Characters:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
-
-
-def _first_completed(text: str, stop_strings: Sequence[str]) -> tuple[int, str] | None:
-    """Where the stop string begins whose last character comes first, and which it is."""
-    found = [(start, stop) for stop in stop_strings if (start := text.find(stop)) >= 0]
-    return min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]), default=None)

@@ -2,30 +2,69 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 
-from coordinator.convert import FirstToken, News, Output
+from coordinator.convert import FirstToken, Lost, News, Output
+from coordinator.turns import Turns
 from kvrelay.types import FinishReason
+
+Said = FirstToken | Output
+"""News that brings tokens."""
 
 
 class Inbox:
     """What one attempt has heard and not yet handled. Holds at most its tokens and its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
         self._news: deque[News] = deque()
-        self._arrived = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        self._is_urgent = False
 
     def put(self, news: News) -> None:
+        is_first = not self._news
         self._news.append(news)
-        self._arrived.set()
+        if is_first and self._waiter is not None:
+            self._wake(self._waiter)
 
-    def pop(self) -> News | None:
-        return self._news.popleft() if self._news else None
+    async def get(self, *, is_urgent: bool) -> Lost | Sequence[Said]:
+        """What has been heard, at least one thing: all that was said before a loss, or the loss.
 
-    async def get(self) -> News:
-        while not self._news:
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._news.popleft()
+        Args:
+            is_urgent: the first thing, as soon as it is here; not all, when it is our turn.
+        """
+        if not (is_urgent and self._news):
+            await self._wait(is_urgent=is_urgent)
+        return self._take(1 if is_urgent else len(self._news))
+
+    async def _wait(self, *, is_urgent: bool) -> None:
+        self._is_urgent = is_urgent
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            if self._news:
+                self._wake(waiter)
+            await waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self, waiter: "asyncio.Future[None]") -> None:
+        if not self._is_urgent:
+            self._turns.queue(waiter)
+        elif not waiter.done():
+            waiter.set_result(None)
+
+    def _take(self, limit: int) -> Lost | Sequence[Said]:
+        said: list[Said] = []
+        for _ in range(limit):
+            news = self._news.popleft()
+            if not isinstance(news, Lost):
+                said.append(news)
+            elif not said:
+                return news
+            else:
+                self._news.appendleft(news)
+                break
+        return said
 
 
 class Order:
@@ -39,8 +78,14 @@ class Order:
         self._next = next_position
         self._early: dict[int, tuple[int, FinishReason | None]] = {}
 
-    def accept(self, news: FirstToken | Output) -> tuple[tuple[int, ...], FinishReason | None]:
+    def accept(self, news: Said) -> tuple[Sequence[int], FinishReason | None]:
         """The tokens that are now due, and the finish reason if the last is among them."""
+        if isinstance(news, Output) and news.position == self._next and not self._early:
+            self._next += len(news.token_ids)
+            return news.token_ids, news.finish
+        return self._sort(news)
+
+    def _sort(self, news: Said) -> tuple[Sequence[int], FinishReason | None]:
         for position, token_id, finish in _positions(news):
             if position >= self._next:
                 self._early[position] = (token_id, finish)
@@ -50,10 +95,10 @@ class Order:
             token_id, finish = self._early.pop(self._next)
             due.append(token_id)
             self._next += 1
-        return tuple(due), finish
+        return due, finish
 
 
-def _positions(news: FirstToken | Output) -> list[tuple[int, int, FinishReason | None]]:
+def _positions(news: Said) -> list[tuple[int, int, FinishReason | None]]:
     if isinstance(news, FirstToken):
         return [(0, news.token_id, news.finish)]
     last = len(news.token_ids) - 1

@@ -31,6 +31,7 @@ from coordinator.request import (
 )
 from coordinator.router import Placement, RouteRequest
 from coordinator.session import Job, NewTokens, Session
+from coordinator.turns import Turns
 from kvrelay.clock import Clock
 from kvrelay.errors import Cancelled, NotFound, ServingError
 from kvrelay.events import Delta, Event, Finished, Started, Usage
@@ -80,6 +81,7 @@ class Relay:
         mint_seed: Callable[[], int],
         hash_key: bytes,
         max_remembered: int,
+        turns: Turns,
     ) -> None:
         self.model = model
         self._tokenizer = tokenizer
@@ -92,6 +94,7 @@ class Relay:
         self._mint_seed = mint_seed
         self._hash_key = hash_key
         self._max_remembered = max_remembered
+        self._turns = turns
         self._ledgers: OrderedDict[str, Ledger] = OrderedDict()
         self._sessions: dict[str, Session] = {}
         self._open: set[str] = set()  # requests whose books are not closed
@@ -261,6 +264,7 @@ class Relay:
             clock=self._clock,
             mint_id=self._mint_id,
             deadline_s=deadline_s,
+            turns=self._turns,
         )
 
     async def _encode(self, prompt: Prompt) -> list[int]:

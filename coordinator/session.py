@@ -12,17 +12,18 @@ a second attempt continue those of the first, and a position that comes twice co
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import structlog
 
-from coordinator.convert import FirstToken, HandoffCost, LocalPrefill, Lost, News, Output, Work
-from coordinator.inbox import Inbox, Order
+from coordinator.convert import FirstToken, HandoffCost, LocalPrefill, Lost, Output, Work
+from coordinator.inbox import Inbox, Order, Said
 from coordinator.lifecycle import Event, Patience, Phase, advance, verdict
 from coordinator.pool import Pool
 from coordinator.router import Placement, RouteRequest
+from coordinator.turns import Turns
 from kvrelay.clock import Clock
 from kvrelay.errors import DeadlinePassed, NoWorker, Overloaded, ServingError
 from kvrelay.obs.ledger import LedgerBuilder
@@ -68,6 +69,7 @@ class Session:
         clock: Clock,
         mint_id: Callable[[], str],
         deadline_s: float | None,
+        turns: Turns,
     ) -> None:
         self.phase = Phase.QUEUED
         self._job = job
@@ -78,6 +80,7 @@ class Session:
         self._clock = clock
         self._mint_id = mint_id
         self._deadline_s = deadline_s
+        self._turns = turns
         self._emitted: list[int] = []
         self._losses: list[ServingError] = []
         self._avoid: frozenset[str] = frozenset()
@@ -139,25 +142,24 @@ class Session:
     async def _attempt(self, placement: Placement) -> AsyncGenerator[NewTokens, None]:
         """Run one placement until the request finishes or the attempt is lost."""
         work = self._work()
-        inbox = Inbox()
+        inbox = Inbox(self._turns)
         attempt = self._pool.dispatch(work, placement, self._job.route, inbox.put)
         self._began(placement)
         order = Order(len(self._emitted))
         decode_is_over = False
         try:
             while self.phase in (Phase.PREFILLING, Phase.DECODING):
-                news = await self._next(inbox)
-                if isinstance(news, Lost):
-                    self._lost(news, placement)
+                heard = await self._hear(inbox)
+                if isinstance(heard, Lost):
+                    self._lost(heard, placement)
                     continue
-                self._note(news, work, placement)
-                token_ids, finish = order.accept(news)
-                if finish is not None:
+                batch = self._accept(heard, order, work, placement)
+                if batch.finish is not None:
                     self.phase = advance(self.phase, Event.LAST_TOKEN)
-                    decode_is_over = isinstance(news, Output)
-                if token_ids:
-                    self._emitted += token_ids
-                    yield NewTokens(token_ids, finish)
+                    decode_is_over = any(isinstance(it, Output) and it.finish for it in heard)
+                if batch.token_ids:
+                    self._emitted += batch.token_ids
+                    yield batch
         finally:
             attempt.close(decode_is_over=decode_is_over)
             self._pool.settle(work, placement)
@@ -182,7 +184,21 @@ class Session:
         self._ledger.prefill_worker = prefiller.worker_id
         self._ledger.route_reason = placement.reason
 
-    def _note(self, news: FirstToken | Output, work: Work, placement: Placement) -> None:
+    def _accept(
+        self, heard: Sequence[Said], order: Order, work: Work, placement: Placement
+    ) -> NewTokens:
+        """The tokens that are now due."""
+        due: list[int] = []
+        finish = None
+        for news in heard:
+            self._note(news, work, placement)
+            token_ids, finish = order.accept(news)
+            due += token_ids
+            if finish is not None:
+                break
+        return NewTokens(tuple(due), finish)
+
+    def _note(self, news: Said, work: Work, placement: Placement) -> None:
         """Keep the books: the phase, the load we count on workers, the ledger."""
         if isinstance(news, FirstToken):
             self._pool.prefilled(work, placement)
@@ -244,19 +260,20 @@ class Session:
             raise error
         self.phase = advance(self.phase, Event.ATTEMPT_LOST)
 
-    async def _next(self, inbox: Inbox) -> News:
+    async def _hear(self, inbox: Inbox) -> Lost | Sequence[Said]:
+        """What the workers say: the first token as soon as it is here, later ones in turn."""
         self._require_time()
         try:
-            news = inbox.pop()
-            return news if news is not None else await self._within(inbox.get(), None)
+            return await self._within(inbox.get(is_urgent=not self._emitted), None)
         except TimeoutError:
             raise DeadlinePassed(self.phase.name.lower()) from None
 
     async def _within(self, awaitable: Awaitable[_T], until_s: float | None) -> _T:
         """Await until the earlier of `until_s` and the deadline; TimeoutError past it."""
         limits_s = [limit_s for limit_s in (until_s, self._deadline_s) if limit_s is not None]
-        left_s = min(limits_s) - self._clock.now() if limits_s else None
-        async with asyncio.timeout(left_s):
+        if not limits_s:
+            return await awaitable
+        async with asyncio.timeout(min(limits_s) - self._clock.now()):
             return await awaitable
 
     def _require_time(self) -> None:

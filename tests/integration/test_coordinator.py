@@ -282,6 +282,24 @@ async def test_a_first_token_that_is_the_last_needs_no_decode_worker():
         assert events[-1].ledger.decode_worker == ""
 
 
+async def test_a_caller_who_comes_back_late_is_told_everything_at_once():
+    """
+    The first token by itself; what came while nobody looked, in one delta without a gap.
+    """
+    p, d = ScriptedWorker("p0", Role.PREFILL), ScriptedWorker("d0", Role.DECODE)
+    async with deployment(p, d) as deployed:
+        async with contextlib.aclosing(deployed.relay.generate(spec(20))) as events:
+            seen = [await anext(events), await anext(events)]
+            # Behind ours on the same stream: at its end, all of ours has arrived.
+            await collect(deployed.relay, spec(20))
+            seen += [event async for event in events]
+
+        sizes = [len(event.token_ids) for event in seen if isinstance(event, Delta)]
+        assert sizes == [1, 19]
+        assert tokens(seen) == oracle(PROMPT, 20)
+        assert positions(seen)[0] == positions(seen)[1]
+
+
 async def test_a_full_coordinator_refuses_before_any_work():
     """
     The refusal names the bound; no worker hears of the request.

@@ -176,3 +176,29 @@ def test_bad_bytes_after_good_ones_do_not_take_back_what_was_sent() -> None:
 def test_no_tokens_whatever_raise(pushes: list[list[int]]) -> None:
     """A model may say anything."""
     all_of(Detokenizer(ByteFallback(), (), ()), pushes)
+
+
+@given(groups(st.lists(st.integers(0, 258), max_size=MAX_UNSETTLED_TOKENS - 1)), STOPS)
+def test_what_is_sent_does_not_depend_on_grouping(
+    pushes: list[list[int]], stops: list[str]
+) -> None:
+    """Tokens that come together make the text, and count as used, as if they came singly."""
+    for tokenizer_stops in ((), (*stops, "a a", "\ufffd")):
+        together = Detokenizer(ByteFallback(), (), tokenizer_stops)
+        singly = Detokenizer(ByteFallback(), (), tokenizer_stops)
+        text = all_of(together, pushes)
+
+        assert text == all_of(singly, [[i] for ids in pushes for i in ids])
+        assert (together.num_used, together.stopped) == (singly.num_used, singly.stopped)
+
+
+@given(groups(ANY_IDS), STOPS)
+def test_grouping_changes_nothing_for_bytes_either(
+    tokenizer: Tokenizer, pushes: list[list[int]], stops: list[str]
+) -> None:
+    """The same for a byte-level vocabulary, control tokens among its tokens."""
+    together, singly = Detokenizer(tokenizer, (), stops), Detokenizer(tokenizer, (), stops)
+    text = all_of(together, pushes)
+
+    assert text == all_of(singly, [[i] for ids in pushes for i in ids])
+    assert (together.num_used, together.stopped) == (singly.num_used, singly.stopped)
