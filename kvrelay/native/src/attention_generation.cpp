@@ -11,6 +11,8 @@ constexpr int kChunkDims = 64;   // of a value, added up at once
 constexpr int kChunkHeads = 4;   // that share the loads of a value
 constexpr int kAhead = kLanes;     // positions from where is read to what is asked for
 
+constexpr int kKeysOfScratch = 512;
+
 // KV heads of one turn.
 using Heads = GenerationAttention::Heads;
 
@@ -147,7 +149,8 @@ void GenerationAttention::run(Team& team, const KvView& kv, int num_rows,
   const int longest = *std::max_element(positions, positions + num_rows) + 1;
   const int num_heads = shape_.num_heads, num_kv_heads = shape_.num_kv_heads;
   const std::size_t width = std::size_t(num_heads) * shape_.head_dim;
-  const std::size_t padded = round_up(longest, kLanes) + kLanes;
+  // In large steps, so that memory is not asked for anew with every few tokens.
+  const std::size_t padded = round_up(longest, kKeysOfScratch) + kLanes;
   const std::size_t scratch_size = num_heads * (padded + round_up(shape_.head_dim, kChunkDims));
   scratch_.at_least(scratch_size * team.max_threads());
   rows_.at_least((padded + kAhead) * team.max_threads());

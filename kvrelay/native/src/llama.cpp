@@ -143,6 +143,7 @@ std::size_t Llama::num_bytes() const {
 
 void Llama::step(const StepRun* runs, int num_runs, const std::int32_t* token_ids,
                  const std::int32_t* tables, float* logits, std::int32_t* likeliest) {
+  const PlainFloats plain;
   int num_wanted = 0;
   for (int i = 0; i < num_runs; ++i) num_wanted = std::max(num_wanted, runs[i].logits_row + 1);
   wanted_.resize(std::size_t(num_wanted) * shape_.hidden_size);
@@ -165,13 +166,13 @@ void Llama::step(const StepRun* runs, int num_runs, const std::int32_t* token_id
   }
   if (num_wanted == 0) return;
   normalize(last_norm_.data(), num_wanted, wanted_.data(), normed_, hidden_stride_);
-  head_->multiply(team_, inputs(normed_, hidden_stride_, num_wanted),
-                  {Finish::kStore, logits, shape_.vocab_size});
+  multiply(*head_, normed_, hidden_stride_, num_wanted,
+           {Finish::kStore, logits, shape_.vocab_size});
   finish(logits, likeliest, num_wanted);
 }
 
-void Llama::pass(Path path, const std::vector<Row>& rows, const std::vector<Run>& runs) {
-  const int num_rows = int(rows.size());
+void Llama::pass(Path path, std::vector<Row>& rows, std::vector<Run>& runs) {
+  int num_rows = int(rows.size());
   const std::int64_t hidden = shape_.hidden_size;
   x_.at_least(num_rows * hidden);
   qkv_.at_least(num_rows * qkv_stride_);
@@ -194,41 +195,74 @@ void Llama::pass(Path path, const std::vector<Row>& rows, const std::vector<Run>
     const Layer& layer = layers_[index];
     const KvView kv = kv_of(index);
     normalize(layer.norms[int(Norm::kInput)].data(), num_rows, x_.data(), normed_, hidden_stride_);
-    matrix(layer, path, Product::kQkv)
-        .multiply(team_, inputs(normed_, hidden_stride_, num_rows),
-                  {Finish::kStore, qkv_.data(), qkv_stride_});
+    multiply(matrix(layer, path, Product::kQkv), normed_, hidden_stride_, num_rows,
+             {Finish::kStore, qkv_.data(), qkv_stride_});
     rotate_and_keep(layer, kv, rows);
-    if (path == Path::kPrompt) {
-      int first = 0;
-      for (const Run& run : runs) {
-        prompt_attention_.run(
-            team_, kv, run,
-            queries_.data() + std::int64_t(first) * shape_.num_heads * shape_.head_dim,
-            attended_.data() + first * attention_stride_, attention_stride_);
-        first += run.num_rows;
-      }
-    } else {
-      generation_attention_.run(team_, kv, num_rows, positions_.data(), tables_.data(),
-                                queries_.data(), attended_.data(), attention_stride_);
+    if (index + 1 == shape_.num_layers) {
+      // Of the last layer, only rows that sample are needed beyond their KV.
+      num_rows = keep_wanted(rows, runs);
+      if (num_rows == 0) return;
     }
-    sum_rows(attended_, attention_stride_, num_rows);
-    matrix(layer, path, Product::kOut)
-        .multiply(team_, inputs(attended_, attention_stride_, num_rows),
-                  {Finish::kAdd, x_.data(), hidden});
+    attend(path, kv, num_rows, runs);
+    multiply(matrix(layer, path, Product::kOut), attended_, attention_stride_, num_rows,
+             {Finish::kAdd, x_.data(), hidden});
     normalize(layer.norms[int(Norm::kPost)].data(), num_rows, x_.data(), normed_, hidden_stride_);
-    matrix(layer, path, Product::kGateUp)
-        .multiply(team_, inputs(normed_, hidden_stride_, num_rows),
-                  {Finish::kSwiglu, inner_.data(), inner_stride_});
-    sum_rows(inner_, inner_stride_, num_rows);
-    matrix(layer, path, Product::kDown)
-        .multiply(team_, inputs(inner_, inner_stride_, num_rows),
-                  {Finish::kAdd, x_.data(), hidden});
+    multiply(matrix(layer, path, Product::kGateUp), normed_, hidden_stride_, num_rows,
+             {Finish::kSwiglu, inner_.data(), inner_stride_});
+    multiply(matrix(layer, path, Product::kDown), inner_, inner_stride_, num_rows,
+             {Finish::kAdd, x_.data(), hidden});
   }
   for (int i = 0; i < num_rows; ++i) {
-    if (rows[i].logits_row < 0) continue;
     std::memcpy(wanted_.data() + rows[i].logits_row * hidden, x_.data() + i * hidden,
                 hidden * sizeof(float));
   }
+}
+
+// Moves the rows that sample to the front, each a run of its own; returns how many there are.
+int Llama::keep_wanted(std::vector<Row>& rows, std::vector<Run>& runs) {
+  const std::size_t hidden = shape_.hidden_size;
+  const std::size_t width = std::size_t(shape_.num_heads) * shape_.head_dim;
+  int kept = 0;
+  runs.clear();
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    if (rows[i].logits_row < 0) continue;
+    std::memmove(x_.data() + kept * hidden, x_.data() + i * hidden, hidden * sizeof(float));
+    std::memmove(queries_.data() + kept * width, queries_.data() + i * width, width * sizeof(bf16));
+    positions_[kept] = rows[i].position;
+    tables_[kept] = rows[i].table;
+    rows[kept] = rows[i];
+    runs.push_back({rows[i].position, 1, rows[i].table});
+    ++kept;
+  }
+  return kept;
+}
+
+void Llama::attend(Path path, const KvView& kv, int num_rows, const std::vector<Run>& runs) {
+  if (path == Path::kGeneration) {
+    generation_attention_.run(team_, kv, num_rows, positions_.data(), tables_.data(),
+                              queries_.data(), attended_.data(), attention_stride_);
+    return;
+  }
+  const std::int64_t width = std::int64_t(shape_.num_heads) * shape_.head_dim;
+  std::int64_t first = 0;
+  for (const Run& run : runs) {
+    prompt_attention_.run(team_, kv, run, queries_.data() + first * width,
+                          attended_.data() + first * attention_stride_, attention_stride_);
+    first += run.num_rows;
+  }
+}
+
+void Llama::multiply(const Matrix& matrix, const Array<bf16>& rows, std::int64_t stride,
+                     int num_rows, const Output& output) {
+  if (matrix.needs_block_sums()) {
+    const int num_blocks = int(stride / kBlockFeatures);
+    block_sums_.at_least(std::size_t(num_rows) * num_blocks);
+    each_row(num_rows, [&](int row) {
+      sum_blocks(rows.data() + row * stride, num_blocks,
+                 block_sums_.data() + std::int64_t(row) * num_blocks);
+    });
+  }
+  matrix.multiply(team_, {rows.data(), stride, num_rows, block_sums_.data()}, output);
 }
 
 const Matrix& Llama::matrix(const Layer& layer, Path path, Product product) const {
@@ -269,20 +303,6 @@ void Llama::normalize(const float* norm, int num_rows, const float* from, Array<
       _mm256_mask_storeu_epi16(out + i, lanes, (__m256i)_mm512_cvtneps_pbh(result));
     }
   });
-  sum_rows(to, stride, num_rows);
-}
-
-void Llama::sum_rows(const Array<bf16>& rows, std::int64_t stride, int num_rows) {
-  const int num_blocks = int(stride / kBlockFeatures);
-  block_sums_.at_least(std::size_t(num_rows) * num_blocks);
-  each_row(num_rows, [&](int row) {
-    sum_blocks(rows.data() + row * stride, num_blocks,
-               block_sums_.data() + std::int64_t(row) * num_blocks);
-  });
-}
-
-Inputs Llama::inputs(const Array<bf16>& rows, std::int64_t stride, int num_rows) const {
-  return {rows.data(), stride, num_rows, block_sums_.data()};
 }
 
 void Llama::rotate_and_keep(const Layer& layer, const KvView& kv, const std::vector<Row>& rows) {

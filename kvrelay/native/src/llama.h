@@ -77,11 +77,13 @@ class Llama {
 
   const Matrix& matrix(const Layer& layer, Path path, Product product) const;
   KvView kv_of(int layer) const;
-  void pass(Path path, const std::vector<Row>& rows, const std::vector<Run>& runs);
+  void pass(Path path, std::vector<Row>& rows, std::vector<Run>& runs);
+  int keep_wanted(std::vector<Row>& rows, std::vector<Run>& runs);
+  void attend(Path path, const KvView& kv, int num_rows, const std::vector<Run>& runs);
+  void multiply(const Matrix& matrix, const Array<bf16>& rows, std::int64_t stride, int num_rows,
+                const Output& output);
   void normalize(const float* norm, int num_rows, const float* from, Array<bf16>& to,
                  std::int64_t stride);
-  void sum_rows(const Array<bf16>& rows, std::int64_t stride, int num_rows);
-  Inputs inputs(const Array<bf16>& rows, std::int64_t stride, int num_rows) const;
   void rotate_and_keep(const Layer& layer, const KvView& kv, const std::vector<Row>& rows);
   void rotate_row(const Layer& layer, const KvView& kv, const Row& row, float* qkv, bf16* queries);
   void finish(float* logits, std::int32_t* likeliest, int num_rows);

@@ -250,6 +250,8 @@ class BlockMatrix final : public Matrix {
     });
   }
 
+  bool needs_block_sums() const override { return Format::kMinimum; }
+
  private:
   static constexpr int kScalesBytes = kBlockOutputs * 2;
   static constexpr int kMinimaBytes = Format::kMinimum ? kBlockOutputs * 2 : 0;

@@ -41,13 +41,14 @@ struct Inputs {
   const bf16* data;
   std::int64_t stride;  // elements
   int num_rows;
-  const float* block_sums;  // [num_rows][stride / 32]: of each block of features
+  const float* block_sums;  // [num_rows][stride / 32], for a matrix that needs them
 };
 
 class Matrix {
  public:
   virtual ~Matrix() = default;
   virtual void multiply(Team& team, const Inputs& inputs, const Output& output) const = 0;
+  virtual bool needs_block_sums() const { return false; }
 
   int num_outputs() const { return num_outputs_; }
   int num_features() const { return num_features_; }

@@ -14,6 +14,19 @@ using bf16 = std::uint16_t;
 constexpr int kLanes = 16;
 constexpr float kLog2E = 1.4426950408889634f;
 
+// Denormals as they are and rounding to nearest on this thread, whatever another library chose
+// for it: neither may differ between the threads that compute rows.
+class PlainFloats {
+ public:
+  PlainFloats() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~PlainFloats() { _mm_setcsr(before_); }
+  PlainFloats(const PlainFloats&) = delete;
+  PlainFloats& operator=(const PlainFloats&) = delete;
+
+ private:
+  unsigned before_;
+};
+
 inline float to_float(bf16 value) {
   const std::uint32_t bits = std::uint32_t(value) << 16;
   float result;
@@ -52,10 +65,11 @@ inline __m512i broadcast_pair(const bf16* from) {
   return _mm512_set1_epi32(pair);
 }
 
-// 2**x, to about one unit in the last place; 0 far below, for x up to 127.
+// 2**x, to about one unit in the last place; 0 far below, for x up to 127. Of no number, none:
+// of two operands the maximum is the second then.
 // Taylor's series of 2**f around 0 for |f| <= 1/2, where seven terms leave less than 2**-24.
 inline __m512 exp2(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-150.0f));
+  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, whole);
   __m512 p = _mm512_set1_ps(1.5403530393381609e-4f);
