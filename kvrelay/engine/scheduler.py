@@ -1,11 +1,14 @@
-"""What the next step computes, and for whom there is room: first come, first served.
+"""What the next step computes, and for whom there is room: first come, first served, almost.
 
 There is no prefill phase. A step has one token budget: sequences that generate take a
 row each, what is left goes to chunks of prompts, oldest first, and what is left then
-admits from the one waiting line, which nobody overtakes. A sequence is admitted with all
-blocks of the tokens it has; only growing by generated tokens can run out of blocks, and
-then the youngest gives its KV up and starts again from its tokens. So the oldest always
-makes progress, and every sequence becomes the oldest.
+admits from the one waiting line. Only a brief prompt, one of a single chunk, may pass a
+longer one: it would wait for many times what it takes itself. The oldest long one keeps a
+part of every step meanwhile, and its place in the line for blocks.
+
+A sequence is admitted with all blocks of the tokens it has; only growing by generated
+tokens can run out of blocks, and then the youngest gives its KV up and starts again from
+its tokens. So the oldest always makes progress, and every sequence becomes the oldest.
 """
 
 from bisect import insort
@@ -20,6 +23,9 @@ from kvrelay.errors import InvalidRequest, KvPoolExhausted, NotFound, QueueFull
 from kvrelay.kv.block_pool import BlockPool
 from kvrelay.kv.prefix_index import PrefixIndex
 from kvrelay.types import BlockId
+
+LONG_PROMPT_SHARE = 4
+"""One in so many rows of a step is kept for long prompts while brief ones pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +198,7 @@ class Scheduler:
         assert self._in_step is None, "the last step was not committed"
         draft = _Draft(self._limits.budget_tokens)
         self._continue_generating(draft)
+        self._let_brief_prompts_pass(draft)
         self._continue_prompts(draft)
         granted = self._admit(draft)
         plan = StepPlan(sequences=tuple(draft.sequences), rows=tuple(draft.rows), granted=granted)
@@ -247,12 +254,37 @@ class Scheduler:
             if count:
                 draft.add(seq, count)
 
+    def _let_brief_prompts_pass(self, draft: _Draft) -> None:
+        """While a long prompt is computed, those of one chunk go first, admitted or waiting."""
+        prompts = [seq for seq in self._lines[State.RUNNING] if seq.is_prefilling]
+        if all(map(self._is_brief, prompts)):
+            return
+        kept = -(-draft.budget_left // LONG_PROMPT_SHARE)
+        for seq in filter(self._is_brief, prompts):
+            if draft.budget_left > kept:
+                draft.add(seq, draft.budget_left - kept)
+        num_blocks_ahead = 0
+        for seq in tuple(self._lines[State.WAITING]):
+            if draft.budget_left <= kept:
+                return
+            if seq.origin is Origin.LAND or not self._is_brief(seq):
+                num_blocks_ahead += self._num_blocks_for(seq.num_tokens_admitted)
+            elif self._take_blocks(seq, besides=num_blocks_ahead):
+                self._move(seq, State.RUNNING)
+                draft.add(seq, draft.budget_left - kept)
+            else:
+                return
+
     def _continue_prompts(self, draft: _Draft) -> None:
         for seq in self._lines[State.RUNNING]:
             if draft.budget_left == 0:
                 return
-            if seq.is_prefilling:
+            if seq.is_prefilling and seq not in draft.sequences:
                 draft.add(seq, self._limits.max_chunk_tokens)
+
+    def _is_brief(self, seq: Sequence) -> bool:
+        num_left = seq.num_tokens_admitted - seq.num_computed
+        return num_left <= self._limits.max_chunk_tokens
 
     def _make_slots(self, seq: Sequence, num_tokens: int) -> int:
         """Grow a block table for the next `num_tokens` rows; returns how many rows fit."""
@@ -304,8 +336,11 @@ class Scheduler:
                 draft.add(seq, self._limits.max_chunk_tokens)
         return tuple(granted)
 
-    def _take_blocks(self, seq: Sequence) -> bool:
-        """Take every block of the tokens a sequence has, shared or new; or none."""
+    def _take_blocks(self, seq: Sequence, *, besides: int = 0) -> bool:
+        """Take every block of the tokens a sequence has, shared or new; or none.
+
+        So many must be left then, `besides`, for those who came before it.
+        """
         num_active = self.count(State.RUNNING) + self.count(State.LANDING)
         if num_active >= self._limits.max_sequences:
             return False
@@ -313,7 +348,7 @@ class Scheduler:
         num_new = self._num_blocks_for(seq.num_tokens_admitted) - len(shared)
         # One block left for each that may grow, or admitting would soon mean preempting.
         reserve = sum(other.goal is Goal.FINISH for other in self._lines[State.RUNNING])
-        if self._pool.num_available_besides(shared) < num_new + reserve:
+        if self._pool.num_available_besides(shared) < num_new + reserve + besides:
             return False
         self._pool.share(shared)
         seq.block_table = shared + self._pool.allocate(num_new)

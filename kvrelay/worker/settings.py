@@ -24,7 +24,9 @@ class WorkerSettings(ServiceSettings):
     of this user that compute at the same time."""
 
     nice: int = Field(default=0, ge=0, le=19)
-    """How far this worker's computing stands back where cores are short, as nice(1) has it."""
+    """How far this worker's computing stands back where cores are short, as nice(1) has it. For
+    prefill workers on machines with more workers than cores: a late token is felt more than a
+    late prompt. But it stands back for everybody, not for decode workers alone."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights and KV. Equal in all workers of a pool."""
@@ -53,7 +55,7 @@ class WorkerSettings(ServiceSettings):
     kv_memory_mib: int = Field(default=256, ge=1)
     """Memory for KV if `num_blocks` is 0."""
 
-    budget_tokens: int = Field(default=512, ge=1)
+    budget_tokens: int = Field(default=256, ge=1)
     """Most tokens in one step. Larger raises throughput, and the time between tokens of
     whoever decodes beside a long prompt."""
 

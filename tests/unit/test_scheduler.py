@@ -114,6 +114,55 @@ def test_nobody_overtakes_the_head_of_the_line():
     assert set(_run(sched, model)) == {"a", "large", "small"}
 
 
+def test_a_brief_prompt_passes_long_ones_and_leaves_the_oldest_a_part():
+    """
+    It is computed in the next step, though one long prompt is under way and another waits.
+    """
+    sched, model = scheduler(num_blocks=64, budget_tokens=8, max_chunk_tokens=8), _model()
+    sched.add(request("long", prompt(40), max_tokens=1))
+    sched.add(request("next", prompt(40, variant=1), max_tokens=1))
+    step(sched, model)
+    sched.add(request("brief", prompt(6, variant=2), max_tokens=1))
+
+    plan, _ = step(sched, model)
+
+    assert _computed(plan) == ["brief", "long"]
+    assert [len(rows.token_ids) for rows in plan.rows] == [6, 2]
+
+
+def test_brief_prompts_without_end_stop_no_long_one():
+    """
+    One more arrives before every step, and the long ones end in their order all the same.
+    """
+    sched, model = scheduler(num_blocks=64, budget_tokens=8, max_chunk_tokens=8), _model()
+    sched.add(request("long", prompt(24), max_tokens=1))
+    sched.add(request("next", prompt(24, variant=1), max_tokens=1))
+    ended: list[str] = []
+    for i in range(60):
+        sched.add(request(f"brief{i}", prompt(8, variant=2), max_tokens=1))
+        _, outcome = step(sched, model)
+        ended += [emitted.seq_id for emitted in outcome.emitted if emitted.finish]
+
+    assert [seq_id for seq_id in ended if not seq_id.startswith("brief")] == ["long", "next"]
+    assert ended[0].startswith("brief")
+
+
+def test_a_brief_prompt_takes_no_block_that_a_longer_one_waits_for():
+    """
+    The long one came first and needs nearly all that is left.
+    """
+    sched, model = scheduler(num_blocks=16, budget_tokens=8, max_chunk_tokens=8), _model()
+    sched.add(request("long", prompt(8 * BLOCK_SIZE), max_tokens=1))
+    step(sched, model)
+    sched.add(request("next", prompt(7 * BLOCK_SIZE, variant=1), max_tokens=1))
+    sched.add(request("brief", prompt(2 * BLOCK_SIZE, variant=2), max_tokens=1))
+
+    plan, _ = step(sched, model)
+
+    assert _computed(plan) == ["long"]
+    assert set(_run(sched, model)) == {"long", "next", "brief"}
+
+
 def test_max_sequences_bounds_a_step_and_counts_landing_ones():
     """
     A landing sequence keeps a place, so it can always run once it has landed.
