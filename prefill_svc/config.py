@@ -8,10 +8,6 @@ from kvrelay.worker.settings import WorkerSettings
 class PrefillConfig(WorkerSettings):
     """Checked once, here; the rest of the service trusts it."""
 
-    nice: int = Field(default=5, ge=0, le=19)
-    """How far this worker's computing stands back where cores are short, as nice(1) has it. A
-    token that is late is felt more than a prompt that is."""
-
     hold_s: float = Field(default=30.0, gt=0)
     """How long finished KV waits for a puller to connect before its blocks are freed."""
 

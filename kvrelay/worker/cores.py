@@ -12,19 +12,20 @@ same cores; others, such as those in other containers, count the cores of their 
 import errno
 import fcntl
 import os
+import pathlib
 import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from hashlib import blake2b
-from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
 import structlog
 
+from kvrelay.clock import Clock
 from kvrelay.config import SettingsError
-from kvrelay.engine.batch import Rows, Runner
-from kvrelay.engine.cores import fixed_threads, threads_for, usable_cores
+from kvrelay.engine.batch import Path, Rows, Runner
+from kvrelay.engine.cores import ThreadChoice, fixed_threads, threads_for, usable_cores
 from kvrelay.types import Role
 
 log = structlog.get_logger(__name__)
@@ -60,7 +61,7 @@ class CoreShare:
             raise
 
     @classmethod
-    def join(cls, role: Role, *, limit: int, directory: Path | None = None) -> "CoreShare":
+    def join(cls, role: Role, *, limit: int, directory: pathlib.Path | None = None) -> "CoreShare":
         """Take a place among the workers that may run on the same cores as this process.
 
         Where they cannot be known, the share is all cores, and a log event says so.
@@ -138,15 +139,28 @@ class ResizableRunner(Runner, Protocol):
 
 
 class SharingRunner:
-    """A `Runner` that computes each step with its share of the cores, and yields to others."""
+    """A `Runner` that computes each step with its share of the cores, or less if that is faster."""
 
-    def __init__(self, runner: ResizableRunner, cores: CoreShare) -> None:
+    def __init__(self, runner: ResizableRunner, cores: CoreShare, clock: Clock) -> None:
         self._runner = runner
         self._cores = cores
+        self._clock = clock
+        self._choice = ThreadChoice()
         self._num_threads = 0
 
     def step(self, batch: Sequence[Rows]) -> list[int | None]:
-        num_threads = self._cores.threads()
+        share = self._cores.threads()
+        if any(rows.path is Path.PROMPT for rows in batch):
+            return self._step(batch, share)
+        num_rows = sum(len(rows.token_ids) for rows in batch)
+        num_threads = self._choice.choose(num_rows, most=share)
+        started_s = self._clock.now()
+        sampled = self._step(batch, num_threads)
+        elapsed_s = self._clock.now() - started_s
+        self._choice.learn(num_rows, num_threads=num_threads, elapsed_s=elapsed_s)
+        return sampled
+
+    def _step(self, batch: Sequence[Rows], num_threads: int) -> list[int | None]:
         if num_threads != self._num_threads:
             self._runner.set_threads(num_threads)
             self._num_threads = num_threads
@@ -170,12 +184,12 @@ def yield_to_others(nice: int) -> None:
                 os.setpriority(os.PRIO_PROCESS, thread_id, niceness)
     if os.getsid(0) == main_id:
         try:
-            Path("/proc/self/autogroup").write_text(str(niceness))
+            pathlib.Path("/proc/self/autogroup").write_text(str(niceness))
         except OSError as error:  # there are none, or it was moved a moment ago
             log.debug("cores.no_autogroup", problem=str(error))
 
 
-def runtime_dir() -> Path:
+def runtime_dir() -> pathlib.Path:
     """Where this user's workers meet; made if need be.
 
     Raises:
@@ -183,9 +197,9 @@ def runtime_dir() -> Path:
     """
     parent = os.environ.get("XDG_RUNTIME_DIR")
     if parent and os.path.isdir(parent):
-        path = Path(parent) / "kvrelay"
+        path = pathlib.Path(parent) / "kvrelay"
     else:
-        path = Path(tempfile.gettempdir()) / f"kvrelay-{os.geteuid()}"
+        path = pathlib.Path(tempfile.gettempdir()) / f"kvrelay-{os.geteuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     status = path.lstat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o077 or not path.is_dir():
@@ -194,7 +208,8 @@ def runtime_dir() -> Path:
 
 
 def quotas(
-    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+    root: pathlib.Path = pathlib.Path("/sys/fs/cgroup"),
+    own: pathlib.Path = pathlib.Path("/proc/self/cgroup"),
 ) -> list[float]:
     """CPU quotas in cores that bind this process: of its cgroup and of all above it."""
     try:
@@ -206,12 +221,12 @@ def quotas(
         _, controllers, path = line.split(":", 2)
         mounts = [root / "cpu", root / "cpu,cpuacct"] if "cpu" in controllers.split(",") else []
         for mount in mounts if controllers else [root, root / "unified"]:
-            inner = PurePosixPath(path.lstrip("/"))
+            inner = pathlib.PurePosixPath(path.lstrip("/"))
             found += [_quota(mount / each) for each in (inner, *inner.parents)]
     return [quota for quota in found if quota is not None]
 
 
-def _quota(group: Path) -> float | None:
+def _quota(group: pathlib.Path) -> float | None:
     """Cores that one cgroup grants, by the files of either version; None for no limit."""
     try:
         if (group / "cpu.max").is_file():
@@ -224,7 +239,7 @@ def _quota(group: Path) -> float | None:
         return None
 
 
-def _open(directory: Path, allowed: Sequence[int]) -> int:
+def _open(directory: pathlib.Path, allowed: Sequence[int]) -> int:
     """The file of all workers that may run on exactly these cores."""
     cores = blake2b(",".join(map(str, allowed)).encode(), digest_size=8).hexdigest()
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC

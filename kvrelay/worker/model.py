@@ -53,14 +53,17 @@ def load_model(settings: WorkerSettings, clock: Clock, cores: CoreShare) -> Load
     runner, cache = _load(model_dir, spec, layout, settings, num_blocks, cores)
     loaded_s = clock.now()
     runner.warm_up()
+    warm_s = clock.now()
+    varying = runner.prove_rows()
     log.info(
         "model.loaded",
+        numerics=runner.numerics,
         num_blocks=num_blocks,
         kv_num_bytes=cache.num_bytes,
         load_s=round(loaded_s - started_s, 3),
-        warm_up_s=round(clock.now() - loaded_s, 3),
+        warm_up_s=round(warm_s - loaded_s, 3),
     )
-    if varying := runner.prove_rows():
+    if varying:
         log.warning("model.rows_vary", products=varying, numerics=runner.numerics)
     fingerprint = Fingerprint(
         model_digest=model_digest(model_dir), numerics=runner.numerics, layout=layout

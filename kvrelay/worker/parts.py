@@ -88,7 +88,7 @@ async def worker_parts(settings: WorkerSettings, name: Name) -> AsyncIterator[Wo
     yield_to_others(settings.nice)  # what computes, not what will serve
     bridge = StepBridge(loop, on_failure=process.crash)
     engine = make_engine(
-        TimedRunner(_sharing(model.runner, cores), metrics, clock),
+        TimedRunner(_sharing(model.runner, cores, clock), metrics, clock),
         model.cache,
         limits=step_limits(settings),
         sink=bridge,
@@ -149,9 +149,9 @@ def make_engine(
     )
 
 
-def _sharing(runner: Runner, cores: CoreShare) -> Runner:
+def _sharing(runner: Runner, cores: CoreShare, clock: Clock) -> Runner:
     """The runner, made to follow its share of the cores if it can."""
-    return SharingRunner(runner, cores) if isinstance(runner, ResizableRunner) else runner
+    return SharingRunner(runner, cores, clock) if isinstance(runner, ResizableRunner) else runner
 
 
 def step_limits(settings: WorkerSettings) -> StepLimits:

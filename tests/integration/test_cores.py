@@ -10,15 +10,17 @@ from contextlib import contextmanager
 import pytest
 
 from kvrelay.config import SettingsError
-from kvrelay.types import Role
+from kvrelay.engine.batch import Path, Rows
+from kvrelay.types import BlockId, Role
 from kvrelay.worker import cores
 from kvrelay.worker.cores import CoreShare, SharingRunner, quotas, runtime_dir
 from tests.support.builders import prompt, request, running_engine
+from tests.support.clock import ManualClock
 
 NEIGHBOUR = """
 import sys
 from pathlib import Path
-from kvrelay.types import Role
+from kvrelay.types import BlockId, Role
 from kvrelay.worker.cores import CoreShare
 share = CoreShare.join(Role.PREFILL, limit=0, directory=Path(sys.argv[1]))
 share.busy(True)
@@ -135,31 +137,50 @@ def test_quotas_of_all_groups_above_count(tmp_path):
 
 
 class Resizable:
-    """A runner that remembers with how many threads it was to compute."""
+    """A runner that takes a second times the threads, and remembers how many it was given."""
 
-    def __init__(self):
+    def __init__(self, clock):
         self.told = []
+        self._clock = clock
 
     def set_threads(self, num_threads):
         self.told.append(num_threads)
 
     def step(self, batch):
+        self._clock.advance(self.told[-1])
         return [None for _ in batch]
 
 
-def test_each_step_computes_with_its_share(tmp_path):
+def rows(path):
+    return [Rows(path=path, token_ids=(1,), start=0, block_table=[BlockId(0)], sample=None)]
+
+
+def test_each_step_of_prompts_computes_with_its_share(tmp_path):
     """The runner is told when the number changes, and only then."""
     with joined(tmp_path, Role.DECODE, Role.PREFILL) as (decode, prefill):
-        runner = Resizable()
-        sharing = SharingRunner(runner, decode)
-        sharing.step([])
-        sharing.step([])
+        clock = ManualClock()
+        runner = Resizable(clock)
+        sharing = SharingRunner(runner, decode, clock)
+        sharing.step(rows(Path.PROMPT))
+        sharing.step(rows(Path.PROMPT))
         prefill.busy(True)
-        sharing.step([])
+        sharing.step(rows(Path.PROMPT))
         prefill.busy(False)
-        sharing.step([])
+        sharing.step(rows(Path.PROMPT))
 
     assert runner.told == [4, 2, 4]
+
+
+def test_a_step_of_generated_rows_takes_less_than_its_share_if_that_is_faster(tmp_path):
+    """Each number is tried, then the fastest is kept."""
+    with joined(tmp_path, Role.DECODE) as (decode,):
+        clock = ManualClock()
+        runner = Resizable(clock)
+        sharing = SharingRunner(runner, decode, clock)
+        for _ in range(8):
+            sharing.step(rows(Path.GENERATION))
+
+    assert runner.told == [4, 2, 1]
 
 
 class Presence:

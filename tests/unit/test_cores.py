@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrelay.engine.cores import fixed_threads, threads_for, usable_cores
+from kvrelay.engine.cores import ThreadChoice, fixed_threads, threads_for, usable_cores
 
 
 def threads(num_cores, before, after, *, limit=0):
@@ -50,3 +50,48 @@ def test_who_cannot_change_leaves_room_for_one_more():
     assert fixed_threads(num_cores=8, limit=0) == 4
     assert fixed_threads(num_cores=1, limit=0) == 1
     assert fixed_threads(num_cores=8, limit=6) == 6
+
+
+def run(choice, num_steps, cost_s, *, num_rows=1, most=4):
+    """The numbers chosen for steps that take `cost_s(num_threads)`."""
+    chosen = []
+    for _ in range(num_steps):
+        chosen.append(choice.choose(num_rows, most=most))
+        choice.learn(num_rows, num_threads=chosen[-1], elapsed_s=cost_s(chosen[-1]))
+    return chosen
+
+
+@pytest.mark.parametrize("best", [1, 2, 3])
+def test_steps_settle_on_the_threads_that_pay(best):
+    """Each number is tried once, and again now and then; all other steps take the fastest."""
+    chosen = run(ThreadChoice(), 640, lambda n: 0.003 + 0.001 * abs(n - best), most=3)
+
+    assert chosen[:3] == [3, 2, 1]
+    assert chosen.count(best) > 620
+    assert {1, 2, 3} <= set(chosen[64:])
+
+
+def test_what_pays_may_change():
+    """A neighbour takes a core for a while, then leaves it."""
+    choice = ThreadChoice()
+    assert run(choice, 64, lambda n: 0.004 / n, most=2)[-2] == 2
+    assert run(choice, 64, lambda n: 0.004 * n, most=2)[-2] == 1
+    assert run(choice, 8192, lambda n: 0.004 / n, most=2)[-2] == 2
+
+
+def test_sizes_of_steps_are_learned_apart():
+    """One row may want one thread where many want all."""
+    choice = ThreadChoice()
+    run(choice, 32, lambda n: 0.003 * n, num_rows=1)
+    run(choice, 32, lambda n: 0.016 / n, num_rows=16)
+
+    assert (choice.choose(1, most=4), choice.choose(16, most=4)) == (1, 4)
+
+
+@given(num_rows=st.integers(0, 64), most=st.integers(1, 9), cost_s=st.floats(0, 1))
+def test_no_choice_is_beyond_the_share(num_rows, most, cost_s):
+    """Whatever was learned when the share was larger."""
+    choice = ThreadChoice()
+    run(choice, 8, lambda n: cost_s / n, num_rows=num_rows, most=9)
+
+    assert all(1 <= n <= most for n in run(choice, 8, lambda n: cost_s / n, most=most))
