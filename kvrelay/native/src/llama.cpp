@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
+#include <string>
 
 namespace kvrelay {
 namespace {
@@ -143,6 +145,7 @@ std::size_t Llama::num_bytes() const {
 
 void Llama::step(const StepRun* runs, int num_runs, const std::int32_t* token_ids,
                  const std::int32_t* tables, float* logits, std::int32_t* likeliest) {
+  check(runs, num_runs, token_ids);
   const PlainFloats plain;
   int num_wanted = 0;
   for (int i = 0; i < num_runs; ++i) num_wanted = std::max(num_wanted, runs[i].logits_row + 1);
@@ -169,6 +172,24 @@ void Llama::step(const StepRun* runs, int num_runs, const std::int32_t* token_id
   multiply(*head_, normed_, hidden_stride_, num_wanted,
            {Finish::kStore, logits, shape_.vocab_size});
   finish(logits, likeliest, num_wanted);
+}
+
+// What is wrong here would be somebody else's memory, read or written.
+void Llama::check(const StepRun* runs, int num_runs, const std::int32_t* token_ids) const {
+  for (int i = 0; i < num_runs; ++i) {
+    const StepRun& run = runs[i];
+    const std::int64_t end = std::int64_t(run.start) + run.num_rows;
+    if (run.start < 0 || run.num_rows < 1 || end > shape_.num_positions) {
+      throw std::out_of_range("rows [" + std::to_string(run.start) + ", " + std::to_string(end) +
+                              ") of " + std::to_string(shape_.num_positions) + " positions");
+    }
+    for (int row = 0; row < run.num_rows; ++row) {
+      const std::int32_t token_id = token_ids[run.first_token + row];
+      if (token_id < 0 || token_id >= shape_.vocab_size) {
+        throw std::out_of_range("a token is outside [0, " + std::to_string(shape_.vocab_size) + ")");
+      }
+    }
+  }
 }
 
 void Llama::pass(Path path, std::vector<Row>& rows, std::vector<Run>& runs) {

@@ -57,7 +57,8 @@ class Llama {
   void set_cache(bf16* data) { cache_ = data; }
 
   // `logits`: [rows][vocab_size]; `likeliest`: of each row its likeliest token, the lowest of
-  // equals, or -1 if a logit is no finite number.
+  // equals, or -1 if a logit is no finite number. Throws before anything is computed if a
+  // position or token is none of this model; tables are taken at their word.
   void step(const StepRun* runs, int num_runs, const std::int32_t* token_ids,
             const std::int32_t* tables, float* logits, std::int32_t* likeliest);
 
@@ -75,6 +76,7 @@ class Llama {
     std::int32_t logits_row;
   };
 
+  void check(const StepRun* runs, int num_runs, const std::int32_t* token_ids) const;
   const Matrix& matrix(const Layer& layer, Path path, Product product) const;
   KvView kv_of(int layer) const;
   void pass(Path path, std::vector<Row>& rows, std::vector<Run>& runs);

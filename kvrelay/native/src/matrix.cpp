@@ -78,6 +78,7 @@ class Bf16Matrix final : public Matrix {
       const int first = turn / num * kTurnRows;
       const int num_rows = std::min(kTurnRows, inputs.num_rows - first);
       const bf16* weights = panels_.data() + panel_offset(panel);
+      const bf16* next = weights + panel_offset(team.num_threads());
       for_tiles(num_rows, [&](auto rows, int row) {
         constexpr int kRows = decltype(rows)::value;
         __m512 acc[kRows][kPanelVectors];
@@ -85,7 +86,15 @@ class Bf16Matrix final : public Matrix {
           for (__m512& vector : vectors) vector = _mm512_setzero_ps();
         }
         const bf16* from = inputs.data + (first + row) * inputs.stride;
-        multiply_tile<kRows>(acc, from, inputs.stride, weights, num_pairs_);
+        // A quarter of the next panel with each of the first tiles: all of it in one would be
+        // more than memory gives meanwhile. With fewer tiles it is memory that is waited for.
+        const int quarter = row / kTileRows;
+        if (num_rows > 2 * kTileRows && quarter < kPanelVectors) {
+          multiply_tile<kRows, true>(acc, from, inputs.stride, weights, num_pairs_,
+                                     next + quarter * num_pairs_ * kLanes * 2);
+        } else {
+          multiply_tile<kRows>(acc, from, inputs.stride, weights, num_pairs_);
+        }
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) finish(first + row + r, panel * kPanelOutputs, acc[r]);
       });
@@ -119,8 +128,16 @@ constexpr int kBlockVectors = 2;
 constexpr int kBlockOutputs = kBlockVectors * kLanes;
 constexpr int kBlockPairs = kBlockFeatures / 2;
 
-// How far ahead of its use a block is asked for.
-constexpr int kAheadBlocks = 4;
+// How far ahead of its use a weight is asked for: far where little is computed on the way, and
+// memory is what a step waits for.
+constexpr int kNearBytes = 4 << 10;
+constexpr int kFarBytes = 20 << 10;
+
+inline void ask_for(const void* from, int num_bytes) {
+  for (int i = 0; i < num_bytes; i += int(kLineBytes)) {
+    _mm_prefetch(static_cast<const char*>(from) + i, _MM_HINT_T0);
+  }
+}
 
 // Rows of one pass over a panel: their totals stay in the first cache.
 constexpr int kPassRows = 8 * kTileRows;
@@ -288,6 +305,7 @@ class BlockMatrix final : public Matrix {
     const std::int64_t sums_stride = inputs.stride / kBlockFeatures;
     for (int block = 0; block < num_blocks_; ++block) {
       const std::uint8_t* from = blocks + std::size_t(block) * kBlockBytes;
+      ask_for(from + kFarBytes, kBlockBytes);
       const bf16* x = inputs.data + block * kBlockFeatures;
       __m512 sum[kRows][kBlockVectors];
       for (auto& vectors : sum) {
@@ -326,10 +344,7 @@ class BlockMatrix final : public Matrix {
     for (int block = 0; block < num_blocks_; ++block) {
       const std::uint8_t* from = blocks + std::size_t(block) * kBlockBytes;
       // So much is computed between two blocks that the processor forgets where they came from.
-      for (int i = 0; i < kBlockBytes; i += int(kLineBytes)) {
-        _mm_prefetch(reinterpret_cast<const char*>(from + kAheadBlocks * kBlockBytes + i),
-                     _MM_HINT_T0);
-      }
+      ask_for(from + kNearBytes, kBlockBytes);
       format_.each(from + kScalesBytes + kMinimaBytes, [&](int pair, int v, __m512i values) {
         _mm512_store_si512(&weights[pair][v * kLanes], values);
       });

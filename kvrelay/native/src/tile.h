@@ -9,11 +9,14 @@ constexpr int kPanelVectors = 4;
 constexpr int kPanelOutputs = kPanelVectors * kLanes;
 constexpr int kTileRows = 6;  // with four vectors of outputs, what 32 registers hold
 
-// acc[row][v] += rows * panel, pair by pair. `panel`: [num_pairs][kPanelOutputs][2].
-template <int kRows>
+// acc[row][v] += rows * panel, pair by pair. `panel`: [num_pairs][kPanelOutputs][2]. With kAsks,
+// a line from `ahead` on is brought nearer with every pair.
+template <int kRows, bool kAsks = false>
 inline void multiply_tile(__m512 (&acc)[kRows][kPanelVectors], const bf16* rows,
-                          std::int64_t stride, const bf16* panel, int num_pairs) {
+                          std::int64_t stride, const bf16* panel, int num_pairs,
+                          const bf16* ahead = nullptr) {
   for (int pair = 0; pair < num_pairs; ++pair) {
+    if (kAsks) _mm_prefetch(reinterpret_cast<const char*>(ahead + pair * kLanes * 2), _MM_HINT_T1);
     __m512i weights[kPanelVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVectors; ++v) {
