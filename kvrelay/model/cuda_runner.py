@@ -39,7 +39,7 @@ from kvrelay.model.cuda_steps import (
 )
 from kvrelay.model.cuda_weights import device_weights
 from kvrelay.model.spec import ModelSpec
-from kvrelay.model.warm_up import warm_up_steps
+from kvrelay.model.warm_up import WARM_UP_ROWS, warm_up_steps
 from kvrelay.model.weights import Weights
 from kvrelay.types import BlockId
 
@@ -126,7 +126,14 @@ class CudaRunner:
 
         Writes to the first blocks, so call it before they hold anything.
         """
-        for rows in warm_up_steps(self.layout, self._cache.num_blocks):
+        steps = warm_up_steps(
+            self.layout,
+            num_rows=WARM_UP_ROWS,
+            num_blocks=self._cache.num_blocks,
+            num_positions=self.spec.max_position_embeddings,
+            vocab_size=self.spec.vocab_size,
+        )
+        for rows in steps:
             self.step([rows])
         self._forward.warm_up()
         longest = power_of_2(-(-self._num_positions // SPLIT))

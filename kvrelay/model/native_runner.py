@@ -7,7 +7,8 @@ sum of a row is taken in an order that its own position fixes, so neither its co
 number of threads shows in its bits (see `native/src/matrix.h` and `attention.h`).
 """
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from kvrelay.model.generation_weights import Blocks, LayerBlocks
 from kvrelay.model.quant import QuantMatrix
 from kvrelay.model.sampler import sample_row
 from kvrelay.model.spec import ModelSpec
-from kvrelay.model.warm_up import warm_up_steps
+from kvrelay.model.warm_up import WARM_UP_ROWS, warm_up_steps
 from kvrelay.model.weights import LayerWeights, Weights
 from kvrelay.native.library import (
     RUN_FIELDS,
@@ -35,6 +36,9 @@ from kvrelay.native.library import (
 
 NUMERICS_VERSION = 1
 """Grows when the same weights and tokens would give other bits than before."""
+
+MARK_ROWS = 8
+"""Of the rows whose bits are part of `numerics`: as many as the smallest block holds."""
 
 _PATHS = {Path.PROMPT: NativePath.PROMPT, Path.GENERATION: NativePath.GENERATION}
 
@@ -76,7 +80,9 @@ class NativeRunner:
         assert weights.dtype is torch.bfloat16
         self.spec = spec
         self.layout = cache.layout
-        self.numerics = f"native-{generation}-v{NUMERICS_VERSION}"
+        self._paths = f"native-{generation}-v{NUMERICS_VERSION}"
+        self.numerics = self._paths
+        self._num_positions = num_positions
         self._num_blocks = cache.num_blocks
         self._cache = cache.tensor  # keeps the pages alive for as long as steps may be taken
         self._model = NativeModel(
@@ -126,12 +132,30 @@ class NativeRunner:
 
         Writes to the first blocks, so call it before they hold anything.
         """
-        for rows in warm_up_steps(self.layout, self._num_blocks):
+        for rows in self._warm_up_steps(WARM_UP_ROWS):
             self.step([rows])
 
     def prove_rows(self) -> tuple[str, ...]:
-        """Nothing: every sum is written out in this package, in an order of its own."""
+        """Nothing: every sum is written out in this package, in an order of its own.
+
+        But whether another machine's instructions and tables round as this one's do, nobody
+        promises. So what a few fixed rows come to here becomes part of `numerics`, and machines
+        that differ are never paired. Writes to the first blocks, as `warm_up` does.
+        """
+        digest = hashlib.blake2b(digest_size=4)
+        for rows in self._warm_up_steps(MARK_ROWS):
+            digest.update(self.step_logits([rows]).numpy().tobytes())
+        self.numerics = f"{self._paths}-{digest.hexdigest()}"
         return ()
+
+    def _warm_up_steps(self, num_rows: int) -> Iterator[Rows]:
+        return warm_up_steps(
+            self.layout,
+            num_rows=num_rows,
+            num_blocks=self._num_blocks,
+            num_positions=self._num_positions,
+            vocab_size=self.spec.vocab_size,
+        )
 
     def _run(
         self, batch: Sequence[Rows], wanted: Iterable[int]
@@ -142,6 +166,8 @@ class NativeRunner:
         token_ids: list[int] = []
         tables: list[int] = []
         for i, run in enumerate(batch):
+            end = run.start + len(run.token_ids)
+            assert len(run.block_table) * self.layout.block_size >= end, (run.start, end)
             runs[i] = (
                 _PATHS[run.path],
                 run.start,
@@ -152,6 +178,8 @@ class NativeRunner:
             )
             token_ids += run.token_ids
             tables += run.block_table
+        blocks = np.array(tables, dtype=np.int32)
+        assert not tables or 0 <= blocks.min() <= blocks.max() < self._num_blocks, "no such block"
         if len(self._logits) < len(logits_row):
             self._logits = np.empty((len(logits_row), self.spec.vocab_size), dtype=np.float32)
         logits = self._logits[: len(logits_row)]
@@ -159,7 +187,7 @@ class NativeRunner:
         self._model.step(
             runs,
             np.array(token_ids, dtype=np.int32),
-            np.array(tables, dtype=np.int32),
+            blocks,
             logits,
             likeliest,
         )

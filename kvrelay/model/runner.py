@@ -30,7 +30,7 @@ from kvrelay.model.llama import Llama
 from kvrelay.model.rows import rows_vary
 from kvrelay.model.sampler import sample
 from kvrelay.model.spec import ModelSpec
-from kvrelay.model.warm_up import warm_up_steps
+from kvrelay.model.warm_up import WARM_UP_ROWS, warm_up_steps
 from kvrelay.model.weights import Weights
 
 NUMERICS_VERSION = 1
@@ -101,7 +101,14 @@ class LlamaRunner:
 
         Writes to the first blocks, so call it before they hold anything.
         """
-        for rows in warm_up_steps(self.layout, self._num_blocks):
+        steps = warm_up_steps(
+            self.layout,
+            num_rows=WARM_UP_ROWS,
+            num_blocks=self._num_blocks,
+            num_positions=self.spec.max_position_embeddings,
+            vocab_size=self.spec.vocab_size,
+        )
+        for rows in steps:
             self.step([rows])
 
     @torch.inference_mode()

@@ -9,16 +9,18 @@ from kvrelay.types import BlockId, SamplingParams
 WARM_UP_ROWS = 64
 
 
-def warm_up_steps(layout: KvLayout, num_blocks: int) -> Iterator[Rows]:
-    """A prompt, then a generated token, over the first blocks of a cache."""
-    num_blocks = min(layout.num_blocks_for(WARM_UP_ROWS), num_blocks)
-    num_rows = min(WARM_UP_ROWS, num_blocks * layout.block_size) - 1
+def warm_up_steps(
+    layout: KvLayout, *, num_rows: int, num_blocks: int, num_positions: int, vocab_size: int
+) -> Iterator[Rows]:
+    """A prompt and then a generated token, `num_rows` in all, over the first blocks of a cache."""
+    num_blocks = min(layout.num_blocks_for(num_rows), num_blocks)
+    num_prompt = min(num_rows, num_blocks * layout.block_size, num_positions) - 1
     table = [BlockId(i) for i in range(num_blocks)]
     params = SamplingParams(temperature=1.0)
 
     def rows(path: Path, token_ids: tuple[int, ...], start: int) -> Rows:
         return Rows(path=path, token_ids=token_ids, start=start, block_table=table, sample=params)
 
-    if num_rows > 0:
-        yield rows(Path.PROMPT, (0,) * num_rows, 0)
-    yield rows(Path.GENERATION, (0,), num_rows)
+    if num_prompt > 0:
+        yield rows(Path.PROMPT, tuple(i % vocab_size for i in range(num_prompt)), 0)
+    yield rows(Path.GENERATION, (0,), num_prompt)

@@ -52,7 +52,10 @@ def build(to: Path = LIBRARY) -> str | None:
     sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
     named = f'-DKVRELAY_SOURCES="{sources_digest()}"'
     command = [*compiler.split(), *FLAGS, named, *sources, "-o", str(unfinished)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"{compiler} cannot be run: {error}"
     if done.returncode != 0:
         unfinished.unlink(missing_ok=True)
         return f"{compiler} failed:\n{done.stderr.strip()[-2000:]}"

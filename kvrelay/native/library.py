@@ -91,6 +91,8 @@ def load(library: Path = LIBRARY) -> ctypes.CDLL:
         OSError: it cannot be loaded, or was built from other sources than these.
     """
     native = ctypes.CDLL(str(library))
+    if not hasattr(native, "kvrelay_sources"):
+        raise OSError(f"{library.name} is no library of ours: {HOW_TO_BUILD}")
     native.kvrelay_sources.restype = ctypes.c_char_p
     if native.kvrelay_sources().decode() != sources_digest():
         raise OSError(f"{library.name} was built from other sources: {HOW_TO_BUILD}")
@@ -125,8 +127,9 @@ class NativeModel:
     """One model's packed weights and the threads that compute with them."""
 
     def __init__(self, shape: Shape, *, max_threads: int) -> None:
+        self._model: int | None = None
         self._native = load()
-        self._model: int | None = self._native.kvrelay_model_new(ctypes.byref(shape), max_threads)
+        self._model = self._native.kvrelay_model_new(ctypes.byref(shape), max_threads)
         if not self._model:
             raise MemoryError(self._error())
         self._vocab_size = shape.vocab_size
@@ -185,12 +188,17 @@ class NativeModel:
     ) -> None:
         """Compute rows, write their KV and the logits that are asked for.
 
+        The caller answers for `tables`: whatever they name is read and written.
+
         Args:
             runs: [num_runs, len(RUN_FIELDS)].
             token_ids: of all runs.
             tables: block ids of all runs.
             logits: [rows that sample, vocab_size], written.
             likeliest: [rows that sample], written; -1 where a logit is not finite.
+
+        Raises:
+            RuntimeError: a token or position is none of this model's; nothing was computed.
         """
         assert logits.shape == (len(likeliest), self._vocab_size)
         arrays: Sequence[npt.NDArray[np.generic]] = (runs, token_ids, tables, logits, likeliest)
@@ -209,7 +217,7 @@ class NativeModel:
 
     def _check(self, failed: int) -> None:
         if failed:
-            raise MemoryError(self._error())
+            raise RuntimeError(self._error())
 
     def _error(self) -> str:
         return str(self._native.kvrelay_error().decode(errors="replace"))
