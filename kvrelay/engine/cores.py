@@ -57,7 +57,10 @@ _TRY_EVERY = 64
 """Steps of one size between two trials of a number of threads that seemed slower before."""
 
 _WEIGHT = 0.125
-"""Of the newest step in what is remembered."""
+"""Of the newest step in what is remembered; more, the longer ago the one before it was."""
+
+_LATE = 2.0
+"""A step that takes so many times what is remembered was held up, and says no more than that."""
 
 
 @dataclass(slots=True)
@@ -65,6 +68,9 @@ class _Seen:
     """How long steps of about one size took, by number of threads."""
 
     mean_s: dict[int, float] = field(default_factory=dict)
+    last: dict[int, int] = field(default_factory=dict)
+    """By number of threads: what `num_chosen` was when it was timed last."""
+
     num_chosen: int = 0
 
 
@@ -97,4 +103,9 @@ class ThreadChoice:
         """A step of `num_rows` generated rows took so long."""
         seen = self._seen.setdefault(num_rows.bit_length(), _Seen())
         before_s = seen.mean_s.get(num_threads, elapsed_s)
-        seen.mean_s[num_threads] = before_s + _WEIGHT * (elapsed_s - before_s)
+        num_since = seen.num_chosen - seen.last.get(num_threads, seen.num_chosen)
+        # One late trial must not be believed until dozens of others have outweighed it.
+        weight = 1.0 - (1.0 - _WEIGHT) ** num_since
+        news_s = min(elapsed_s, _LATE * before_s)
+        seen.mean_s[num_threads] = before_s + weight * (news_s - before_s)
+        seen.last[num_threads] = seen.num_chosen

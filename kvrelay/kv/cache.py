@@ -4,7 +4,9 @@ One run of bytes per block, so a handoff copies whole blocks. When shareable, th
 an anonymous file of fixed size: whoever is passed its descriptor maps the same pages.
 """
 
+import ctypes
 import fcntl
+import mmap
 import os
 from collections.abc import Iterable
 
@@ -17,6 +19,9 @@ from kvrelay.kv.layout import KvLayout
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+_MADV_POPULATE_WRITE = 23
+"""Of <linux/mman.h>, since 5.14."""
 
 
 class KvCache:
@@ -47,6 +52,22 @@ class KvCache:
     def fd(self) -> int | None:
         """Descriptor of the whole cache, owned here; None if it is not shareable."""
         return self._fd
+
+    def populate(self) -> None:
+        """Take all of the memory now. For a thread, at the start; it takes a second per GiB or so.
+
+        Otherwise the machine finds each page when it is first written: a pull then takes ten
+        times as long, and a machine that is short of memory fails in the middle of a stream.
+        """
+        flat = self.tensor.view(torch.uint8).flatten()
+        first = flat.data_ptr()
+        begin = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (first + self.num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        if end > begin and libc.madvise(begin, end - begin, _MADV_POPULATE_WRITE) != 0:
+            # An older kernel: a byte of each page does it, too.
+            flat[:: mmap.PAGESIZE].zero_()
 
     def block_bytes(self, block_id: int) -> memoryview:
         """Exactly that block's bytes, writable, without a copy."""

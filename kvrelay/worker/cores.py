@@ -150,8 +150,8 @@ class SharingRunner:
 
     def step(self, batch: Sequence[Rows]) -> list[int | None]:
         share = self._cores.threads()
-        if any(rows.path is Path.PROMPT for rows in batch):
-            return self._step(batch, share)
+        if share == 1 or any(rows.path is Path.PROMPT for rows in batch):
+            return self._step(batch, share)  # nothing to choose
         num_rows = sum(len(rows.token_ids) for rows in batch)
         num_threads = self._choice.choose(num_rows, most=share)
         started_s = self._clock.now()

@@ -1,5 +1,6 @@
 """Loads what a worker computes with, warm, and says what others must have to be its peers."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,15 +85,18 @@ def _load(
         return load_on_cuda(model_dir, spec, layout, settings, num_blocks=num_blocks)
     assert settings.generation_weights != "fp8", "refused before"
     cache = KvCache(layout, num_blocks, shareable=settings.transport != "stream")
-    runner, why_not_native = load_runner(
-        model_dir,
-        spec,
-        cache,
-        engine=settings.cpu_engine,
-        generation_weights=settings.generation_weights,
-        num_threads=cores.most_threads,
-        torch_threads=cores.fixed_threads,
-    )
+    with ThreadPoolExecutor(1, "populate") as beside:
+        populated = beside.submit(cache.populate)
+        runner, why_not_native = load_runner(
+            model_dir,
+            spec,
+            cache,
+            engine=settings.cpu_engine,
+            generation_weights=settings.generation_weights,
+            num_threads=cores.most_threads,
+            torch_threads=cores.fixed_threads,
+        )
+        populated.result()
     if why_not_native is not None:
         log.info("model.not_native", reason=why_not_native)
     return runner, cache

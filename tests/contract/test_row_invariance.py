@@ -218,6 +218,27 @@ def test_replayed_tokens_have_the_bits_they_had_one_by_one(model: Model, num_thr
         assert torch.equal(kv_of(cache, 0), model.kv)
 
 
+@needs_native
+def test_the_number_of_threads_may_change_with_every_step() -> None:
+    """As it does where workers share cores: within a prompt, and between generated tokens."""
+    spec = SPECS["blocks"]()
+    weights = tiny_weights(spec, "bfloat16")
+    own = generation_blocks(REAL_MODEL, spec, weights, "int4")
+    ids, blocks = tokens(1, 130, spec.vocab_size), table(0, 10)
+    steps = [
+        *(prompt(ids[start : start + 40], start, blocks) for start in range(0, 120, 40)),
+        *(generated([ids[at]], at, blocks) for at in range(120, 130)),
+    ]
+    said = []
+    for change in (0, 1):
+        with runner_of(spec, weights, blocks=own, num_threads=3) as (runner, _):
+            assert isinstance(runner, NativeRunner)
+            for i, step in enumerate(steps):
+                runner.set_threads(1 + change * (i % 3))
+                said.append(runner.step_logits([step]))
+    assert torch.equal(torch.stack(said[: len(steps)]), torch.stack(said[len(steps) :]))
+
+
 def test_what_freed_blocks_hold_is_never_seen(model: Model) -> None:
     """NaN left in every slot not yet written changes no bit."""
     blocks = table(0, NUM_TABLE_BLOCKS)

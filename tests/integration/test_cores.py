@@ -20,7 +20,7 @@ from tests.support.clock import ManualClock
 NEIGHBOUR = """
 import sys
 from pathlib import Path
-from kvrelay.types import BlockId, Role
+from kvrelay.types import Role
 from kvrelay.worker.cores import CoreShare
 share = CoreShare.join(Role.PREFILL, limit=0, directory=Path(sys.argv[1]))
 share.busy(True)

@@ -3,13 +3,18 @@
 The device is stood for by separate memory on the CPU, so a copy that was forgotten shows.
 """
 
+import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
+from decode_svc import landing
+from kvrelay.kv.cache import KvCache
 from kvrelay.kv.device_cache import DeviceCache, runs_of
 from kvrelay.kv.layout import KvLayout
+from kvrelay.types import BlockId
 from tests.integration.test_handoff import TRANSPORTS, pair
 from tests.support.builders import prompt
 from tests.support.tiny_cuda import cuda_runner_of
@@ -51,6 +56,38 @@ async def test_tokens_across_a_handoff_between_devices_are_those_of_one(transpor
     by_length = {num_tokens: tokens_of(got[name]) for name, num_tokens in alone.items()}
     assert {num_tokens: tokens_of(got[name]) for name, num_tokens in handed.items()} == by_length
     assert all(len(tokens) == 9 for tokens in by_length.values())
+
+
+class SlowCache(KvCache):
+    """Copies blocks to its device for as long as it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(LAYOUT, 2, shareable=False)
+        self.has_begun, self.may_end = threading.Event(), threading.Event()
+        self.has_ended = False
+
+    def landed(self, blocks) -> None:
+        self.has_begun.set()
+        assert self.may_end.wait(30.0)
+        self.has_ended = True
+
+
+async def test_a_landing_that_is_called_off_ends_when_nothing_writes_any_more() -> None:
+    """However often it is called off: its blocks are free once it has ended."""
+    cache = SlowCache()
+    taking = asyncio.create_task(landing._taken_in(cache, [BlockId(0)]))
+    assert await asyncio.to_thread(cache.has_begun.wait, 30.0)
+    for _ in range(3):
+        taking.cancel()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not taking.done()
+    cache.may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+
+    assert cache.has_ended
+    cache.close()
 
 
 def test_each_side_is_copied_block_by_block_and_only_when_told() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -169,6 +170,20 @@ def test_a_figure_is_the_median_and_a_worst_case_the_worst():
 
     assert verdict.value(figures(ours=[0.3, 0.1, 9.0]), pins.KVRELAY, "w", "ttft_s") == 0.3
     assert verdict.value(gaps, pins.KVRELAY, "mixed-1.0", "max_stall_s") == 0.9
+
+
+def test_a_repetition_that_served_nothing_counts_as_nothing():
+    """
+    Left out, it would flatter whoever served nothing; latencies it has none.
+    """
+    records = (replace(record(0, [0.5]), error="HTTP_500", token_at_s=(), output_tokens=0),)
+    totals = total(
+        records, WORKS[0].plan(seed=1, repetition=0, segment_s=1.0).targets, is_open_loop=False
+    )
+
+    values = read(Run(rate=None, records=records, totals=totals, generator_cpu_share=0.1))
+
+    assert values == {"output_tokens_per_s": 0.0, "goodput_per_s": 0.0, "attainment": 0.0}
 
 
 @pytest.mark.parametrize(

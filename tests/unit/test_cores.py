@@ -76,7 +76,24 @@ def test_what_pays_may_change():
     choice = ThreadChoice()
     assert run(choice, 64, lambda n: 0.004 / n, most=2)[-2] == 2
     assert run(choice, 64, lambda n: 0.004 * n, most=2)[-2] == 1
-    assert run(choice, 8192, lambda n: 0.004 / n, most=2)[-2] == 2
+    assert run(choice, 256, lambda n: 0.004 / n, most=2)[-2] == 2
+
+
+def test_a_trial_that_was_late_by_chance_is_soon_forgotten():
+    """However late, and though it was the first of its number."""
+    choice = ThreadChoice()
+    choice.learn(1, num_threads=choice.choose(1, most=2), elapsed_s=1.0)
+
+    assert run(choice, 100, lambda n: 0.004 / n, most=2)[-1] == 2
+
+
+def test_a_late_step_does_not_change_the_choice():
+    """Somebody else had the core for a moment; the next step is as fast as ever."""
+    choice = ThreadChoice()
+    run(choice, 32, lambda n: 0.004 / n, most=2)
+    choice.learn(1, num_threads=choice.choose(1, most=2), elapsed_s=1.0)
+
+    assert choice.choose(1, most=2) == 2
 
 
 def test_sizes_of_steps_are_learned_apart():

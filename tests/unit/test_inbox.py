@@ -141,6 +141,15 @@ def test_order_gives_each_token_once_and_in_its_place(
     assert finishes == [None] * (len(said) - 1) + [FinishReason.LENGTH]
 
 
+def test_tokens_that_are_here_before_the_first_wait_for_it() -> None:
+    """The decode worker may be faster than the first token's own way; its repetition is nothing."""
+    order = Order(0)
+    assert order.accept(output(1, 11)) == ([], None)
+    assert order.accept(output(2, 12, finish=FinishReason.LENGTH)) == ([], None)
+    assert order.accept(first(10)) == ([10, 11, 12], FinishReason.LENGTH)
+    assert order.accept(first(10)) == ([], None)
+
+
 @given(utterances(), st.data())
 async def test_however_it_is_fetched_nothing_changes_places(
     case: tuple[list[int], Sequence[Output]], data: st.DataObject

@@ -85,3 +85,14 @@ def test_a_block_that_is_not_there_is_a_bug() -> None:
         with pytest.raises(AssertionError):
             cache.block_bytes(block_id)
     cache.close()
+
+
+@pytest.mark.parametrize("shareable", [True, False])
+def test_populated_memory_is_there_and_still_zero(shareable: bool) -> None:
+    """No page is left to be found when the first pull writes it."""
+    cache = KvCache(LAYOUT, 64, shareable=shareable)
+    cache.populate()
+    assert not cache.tensor.any()
+    if cache.fd is not None:
+        assert os.fstat(cache.fd).st_blocks * 512 >= cache.num_bytes
+    cache.close()

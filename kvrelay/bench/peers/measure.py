@@ -145,8 +145,7 @@ async def _work(
     for repetition in range(extent.num_repetitions):
         watcher.now(name, f"{work.name} {repetition + 1}/{extent.num_repetitions}")
         run = await _repetition(work, repetition, serving, extent)
-        if run.totals.num_finished:
-            measured.add(work.name, dict(read(run)))
+        measured.add(work.name, dict(read(run)))
         for doubt in report.warnings(replace(run, rate=None)):
             measured.doubts.append(f"{work.name}, repetition {repetition + 1}: {doubt}")
         watcher.took()

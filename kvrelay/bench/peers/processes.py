@@ -70,10 +70,12 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(STOP_S):
             await _gone(process.pid)
-    for pid in tree:
-        if _began(pid.number) == pid.began:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid.number, signal.SIGKILL)
+    left = [pid for pid in tree if _began(pid.number) == pid.began]
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid.number, signal.SIGKILL)
+    for pid in left:  # the next system wants their memory
+        await _gone(pid.number)
     await process.wait()
 
 
