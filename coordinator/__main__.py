@@ -164,6 +164,7 @@ async def _run(
     http: HttpFront,
 ) -> None:
     stop = process.stop_signal()
+    process.settle()
     grpc_address = await server.start()
     http_address = await http.start()
     expelling = asyncio.create_task(pool.run())

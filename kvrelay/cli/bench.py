@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from kvrelay import process
 from kvrelay.bench import machine, plot, report, workload
 from kvrelay.bench.base import Record, Source
 from kvrelay.bench.driver import RealTime
@@ -117,6 +118,7 @@ async def _bench(target: Target, options: Options, plan: Plan) -> None:
     async with _source(target, options.http) as source:
         served = await source.served()
         plan.check(served)
+        process.settle()  # a pause of ours would look like one of theirs
         vocab_size = options.vocab_size or served.vocab_size or DEFAULT_VOCAB_SIZE
         with _Bars(Console(stderr=True)) as bars:
             runs = await carry_out(

@@ -68,6 +68,7 @@ async def serve(parts: WorkerParts, service: WorkerService, server: RpcServer) -
     """
     settings = parts.settings
     stop = process.stop_signal()
+    process.settle()
     bound = await server.start()
     identity = parts.identity_at(settings.advertised(bound))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from kvrelay import process
 from kvrelay.bench import machine, report
 from kvrelay.bench.base import Record
 from kvrelay.bench.driver import RealTime
@@ -154,6 +155,7 @@ async def _work(
 async def _repetition(work: Work, repetition: int, serving: Serving, extent: Extent) -> Run:
     plan = work.plan(seed=extent.seed, repetition=repetition, segment_s=extent.segment_s)
     async with serving.source(is_http=work.is_http) as source:
+        process.settle()  # a pause of ours would look like one of theirs
         runs = await carry_out(
             plan,
             source,
