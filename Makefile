@@ -5,6 +5,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.set-up
+NATIVE := kvrelay/native/_native.so
 MODEL := smollm2-135m-instruct
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python3.13 python3.14 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$p" && break; done)
@@ -17,7 +18,7 @@ GPU := $(or $(GPU_PYTHON),$(BIN)/python)
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
-setup: $(SETUP) ## Make .venv with everything in it
+setup: $(SETUP) $(NATIVE) ## Make .venv with everything in it
 
 $(SETUP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later on PATH" >&2; exit 1; }
@@ -26,7 +27,12 @@ $(SETUP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-pull: $(SETUP) ## Fetch the model of the demo and the tests
+# The installation builds it too. Here it is built again when its sources have changed; where that
+# cannot be done, the reason is told, and torch computes.
+$(NATIVE): kvrelay/native/build.py $(wildcard kvrelay/native/src/*)
+	@"$(PYTHON)" kvrelay/native/build.py || echo "the CPU engine is not compiled; where it is missing, torch computes"
+
+pull: $(SETUP) $(NATIVE) ## Fetch the model of the demo and the tests
 	$(BIN)/kvrelay pull $(MODEL)
 
 demo: pull ## Start the three services, answer one question, show where the time went
@@ -35,7 +41,7 @@ demo: pull ## Start the three services, answer one question, show where the time
 test: pull ## All tests that need no GPU
 	$(PYTEST)
 
-test-fast: $(SETUP) ## The tests that start no processes
+test-fast: $(SETUP) $(NATIVE) ## The tests that start no processes
 	$(PYTEST) tests/unit tests/contract -m 'not e2e and not realmodel'
 
 chaos: pull ## Only the tests that kill, stop or starve processes
