@@ -44,7 +44,10 @@ class Child:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 pass_fds=(write_fd,),
-                start_new_session=True,
+                # A group of its own, so that a terminal's Ctrl-C is ours to pass on; no session of
+                # its own: Linux shares cores by session first (autogroup), and lets threads that
+                # pass tokens on wait 100 ms behind one that computes in another session.
+                process_group=0,
                 env=dict(env),
             )
         except BaseException:
