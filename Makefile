@@ -16,7 +16,7 @@ GPU := $(or $(GPU_PYTHON),$(BIN)/python)
 .PHONY: bench-control bench-peers gpu help setup pull demo test test-fast check protos proto-check fmt fmt-check lint type imports chaos clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 setup: $(SETUP) $(NATIVE) ## Make .venv with everything in it
 
@@ -30,7 +30,7 @@ $(SETUP): pyproject.toml constraints.txt
 # The installation builds it too. Here it is built again when its sources have changed; where that
 # cannot be done, the reason is told, and torch computes.
 $(NATIVE): kvrelay/native/build.py $(wildcard kvrelay/native/src/*)
-	@"$(PYTHON)" kvrelay/native/build.py || echo "the CPU engine is not compiled; where it is missing, torch computes"
+	@"$(PYTHON)" kvrelay/native/build.py || echo "the CPU engine is not compiled: torch computes instead, several times slower"
 
 pull: $(SETUP) $(NATIVE) ## Fetch the model of the demo and the tests
 	$(BIN)/kvrelay pull $(MODEL)

@@ -115,6 +115,8 @@ class Registry:
         differences = theirs.differences(ours) if ours is not None else {}
         if differences:
             text = "; ".join(f"{name}: {pair}" for name, pair in differences.items())
+            if "numerics" in differences:
+                text += ". DTYPE, DEVICE, CPU_ENGINE and GENERATION_WEIGHTS must be equal in a pool"
             raise Incompatible(
                 f"{identity.worker_id} differs from the pool in {text}", **differences
             )

@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from kvrelay.cli import render
-from kvrelay.cli.target import ANSWER_WITHIN_S, Target
+from kvrelay.cli.target import ANSWER_WITHIN_S, Target, fail
 from kvrelay.client import Pool
 
 WATCH_INTERVAL_S = 0.5
@@ -21,6 +21,8 @@ def status(target: Target, *, as_json: bool) -> None:
 
 def watch(target: Target) -> None:
     """Keep the pool on the screen until Ctrl-C."""
+    if not Console().is_terminal:
+        fail("--watch needs a terminal; --json prints the pool once, for programs")
     target.run(_watch(target))
 
 

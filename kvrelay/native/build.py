@@ -47,7 +47,7 @@ def build(to: Path = LIBRARY) -> str | None:
         return f"no code for {sys.platform} on {platform.machine()}"
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        return "no C++ compiler: install g++, then install kvrelay again"
+        return "no C++ compiler; install g++ and run python -m kvrelay.native.build"
     unfinished = to.with_suffix(f".{os.getpid()}")
     sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
     named = f'-DKVRELAY_SOURCES="{sources_digest()}"'

@@ -89,7 +89,8 @@ def resolve_model(name_or_dir: str | Path) -> Path:
     if text and path.is_dir():
         return path.resolve()
     if path.is_file():
-        raise ModelInvalid(text, f"is a file, not a model directory; run: kvrelay pull {text}")
+        cure = f"; run: kvrelay pull {text}" if path.suffix.lower() == ".gguf" else ""
+        raise ModelInvalid(text, f"is a file, not a model directory{cure}")
     raise ModelInvalid(text, f"no such model or directory; run: kvrelay pull {text or 'NAME'}")
 
 

@@ -13,6 +13,7 @@ from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
 from kvrelay.model.load import ModelRunner, layout_of, load_runner
 from kvrelay.model.spec import ModelSpec, read_spec
+from kvrelay.native.library import HOW_TO_BUILD
 from kvrelay.rpc.submit import ModelBounds
 from kvrelay.store.manifest import model_digest, read_model_dir, resolve_model
 from kvrelay.types import Fingerprint
@@ -98,5 +99,7 @@ def _load(
         )
         populated.result()
     if why_not_native is not None:
-        log.info("model.not_native", reason=why_not_native)
+        # Who could have it should hear of it; who cannot need not every time.
+        tell = log.warning if HOW_TO_BUILD in why_not_native else log.info
+        tell("model.not_native", reason=why_not_native)
     return runner, cache

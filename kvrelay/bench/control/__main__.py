@@ -95,7 +95,7 @@ def _summary(options: Options, result: Result) -> str:
     return (
         f"{options.num_callers} callers over {connections} connections, {pinned}\n"
         f"median of {len(result.rounds)} rounds: {'; '.join(rates)}\n"
-        f"{result.num_answers} whole answers checked, {result.num_wrong} WRONG\n"
+        f"{result.num_answers} whole answers checked, {result.num_wrong} of them wrong\n"
     )
 
 
