@@ -88,10 +88,8 @@ class NativeRunner:
         self._model = NativeModel(
             _shape(spec, cache.layout.block_size, num_positions), max_threads=max_threads
         )
-        for index, layer in enumerate(weights.layers):
-            self._pack_layer(index, layer)
-        for index, own in enumerate(blocks.layers):
-            self._pack_blocks(index, weights.layers[index], own)
+        for index, both in enumerate(zip(weights.layers, blocks.layers, strict=True)):
+            self._pack_layer(index, *both)
         self._pack_ends(weights, blocks.head, num_positions)
         self._model.set_cache(self._cache.data_ptr())
         self._logits = np.empty((0, spec.vocab_size), dtype=np.float32)
@@ -195,23 +193,27 @@ class NativeRunner:
             raise FloatingPointError(f"logits of {num_bad} of {len(likeliest)} rows are not finite")
         return logits, likeliest.tolist()
 
-    def _pack_layer(self, index: int, layer: LayerWeights) -> None:
+    def _pack_layer(self, index: int, layer: LayerWeights, blocks: LayerBlocks) -> None:
         matrices = (
-            (Product.QKV, layer.qkv, layer.qkv_bias),
-            (Product.OUT, layer.out, layer.out_bias),
-            (Product.GATE_UP, layer.gate_up, layer.gate_up_bias),
-            (Product.DOWN, layer.down, layer.down_bias),
+            (Product.QKV, layer.qkv, blocks.qkv, layer.qkv_bias),
+            (Product.OUT, layer.out, blocks.out, layer.out_bias),
+            (Product.GATE_UP, layer.gate_up, blocks.gate_up, layer.gate_up_bias),
+            (Product.DOWN, layer.down, blocks.down, layer.down_bias),
         )
-        for product, matrix, bias in matrices:
+        for product, matrix, own, bias in matrices:
+            forms = [(NativePath.PROMPT, "bfloat16", matrix)]
+            if own is not None:
+                forms.append((NativePath.GENERATION, own.kind, own.data))
             floats = _float32(bias)
-            self._model.set_matrix(
-                index,
-                NativePath.PROMPT,
-                product,
-                kind="bfloat16",
-                data=matrix.data_ptr(),
-                bias=0 if floats is None else floats.data_ptr(),
-            )
+            for path, kind, data in forms:
+                self._model.set_matrix(
+                    index,
+                    path,
+                    product,
+                    kind=kind,
+                    data=data.data_ptr(),
+                    bias=0 if floats is None else floats.data_ptr(),
+                )
         norms = (
             (Norm.INPUT, layer.input_norm),
             (Norm.QUERY, layer.q_norm),
@@ -221,31 +223,6 @@ class NativeRunner:
         for norm, vector in norms:
             if vector is not None:
                 self._model.set_norm(index, norm, vector.data_ptr())
-
-    def _pack_blocks(
-        self,
-        index: int,
-        layer: LayerWeights,
-        blocks: LayerBlocks,
-    ) -> None:
-        matrices = (
-            (Product.QKV, blocks.qkv, layer.qkv_bias),
-            (Product.OUT, blocks.out, layer.out_bias),
-            (Product.GATE_UP, blocks.gate_up, layer.gate_up_bias),
-            (Product.DOWN, blocks.down, layer.down_bias),
-        )
-        for product, matrix, bias in matrices:
-            if matrix is None:
-                continue
-            floats = _float32(bias)
-            self._model.set_matrix(
-                index,
-                NativePath.GENERATION,
-                product,
-                kind=matrix.kind,
-                data=matrix.data.data_ptr(),
-                bias=0 if floats is None else floats.data_ptr(),
-            )
 
     def _pack_ends(self, weights: Weights, head: QuantMatrix | None, num_positions: int) -> None:
         rope = native_rope(self.spec, num_positions)

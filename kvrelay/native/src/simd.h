@@ -1,5 +1,6 @@
 // Vectors of sixteen floats, and bfloat16 beside them. Nothing here depends on a library's
-// mathematics, so the same inputs give the same bits on every CPU that has the instructions.
+// mathematics. Whether two makers' processors round bfloat16 products alike is not taken on trust:
+// what each makes of fixed rows is part of its numerics' name.
 #pragma once
 
 #include <immintrin.h>
