@@ -19,11 +19,14 @@ from coordinator.canary import Canary
 from coordinator.config import CoordinatorConfig
 from coordinator.http import HttpFront
 from coordinator.lifecycle import Patience
+from coordinator.mover import Mover
+from coordinator.moves import MovePlanner, MoveRules
 from coordinator.pool import Pool
+from coordinator.prefix_map import PrefixMap
 from coordinator.registry import Registry
 from coordinator.relay import Relay
 from coordinator.request import ModelInfo, sampling_defaults
-from coordinator.router import Disaggregate, PrefixMap, Router, RouteRules
+from coordinator.router import Disaggregate, Router, RouteRules, common_offer
 from coordinator.service import GenerateServicer, PoolServicer
 from coordinator.tokenizer import Tokenizer
 from coordinator.turns import Turns
@@ -31,6 +34,7 @@ from coordinator.workers import Workers
 from kvrelay import process
 from kvrelay.clock import MonotonicClock
 from kvrelay.config import exit_when_refused, load_settings
+from kvrelay.handoff.ticket import KEY_NUM_BYTES
 from kvrelay.obs import logging
 from kvrelay.obs.metrics import CoordinatorMetrics, serve_metrics
 from kvrelay.rpc.server import RpcServer, Service
@@ -80,6 +84,7 @@ async def _serve(config: CoordinatorConfig) -> None:
         router=router,
         workers=Workers(tls=config.tls, on_stale=metrics.stale_outputs.inc),
         clock=clock,
+        mint_key=lambda: secrets.token_bytes(KEY_NUM_BYTES),
         on_change=lambda members: metrics.observe_pool([(m.identity, m.load) for m in members]),
     )
     relay = Relay(
@@ -115,6 +120,15 @@ async def _serve(config: CoordinatorConfig) -> None:
         interval_s=config.canary_interval_s,
         on_change=lambda is_ready: server.set_serving(is_ready),
     )
+    mover = Mover(
+        planner=MovePlanner(
+            MoveRules(relief=config.relief, max_under_way=config.max_moves), common_offer
+        ),
+        pool=pool,
+        sessions=relay.sessions,
+        clock=clock,
+        on_end=lambda reason, outcome: metrics.observe_move(reason.value, outcome.value),
+    )
     server = RpcServer(
         listen=config.listen,
         tls=config.tls,
@@ -148,7 +162,9 @@ async def _serve(config: CoordinatorConfig) -> None:
     )
     exporter = serve_metrics(config.metrics_listen, prometheus) if config.metrics_listen else None
     try:
-        await _run(config, relay=relay, pool=pool, canary=canary, server=server, http=http)
+        await _run(
+            config, relay=relay, pool=pool, canary=canary, mover=mover, server=server, http=http
+        )
     finally:
         if exporter is not None:
             exporter.close()
@@ -160,6 +176,7 @@ async def _run(
     relay: Relay,
     pool: Pool,
     canary: Canary,
+    mover: Mover,
     server: RpcServer,
     http: HttpFront,
 ) -> None:
@@ -169,19 +186,20 @@ async def _run(
     http_address = await http.start()
     expelling = asyncio.create_task(pool.run())
     probing = asyncio.create_task(canary.run())
+    moving = asyncio.create_task(mover.run())
     log.info("coordinator.listening", grpc=grpc_address, http=http_address)
     process.tell_ready(
         config.ready_fd, {"grpc": config.advertised(grpc_address), "http": http_address}
     )
     try:
-        await process.until(stop, (expelling, probing))
+        await process.until(stop, (expelling, probing, moving))
         log.info("coordinator.draining", active_requests=relay.num_active)
         await _end(probing)  # and with it, what health says
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(config.drain_s):
                 await relay.drain()
     finally:
-        await _end(probing, expelling)
+        await _end(probing, moving, expelling)
         await http.stop(grace_s=1.0)
         await pool.close()
         await server.drain(1.0)

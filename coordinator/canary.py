@@ -2,12 +2,13 @@
 
 Each worker is crossed when it joins; later, what callers' own requests prove need not be
 proved again. All crossings are of one and the same request, so they must give the same
-tokens: a worker whose answer differs serves wrong numbers, and the deployment says so
-instead of serving on.
+tokens, wherever workers keep KV in the same dtypes: one whose answer differs serves wrong
+numbers, and the deployment says so instead of serving on.
 """
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import structlog
 
@@ -30,6 +31,16 @@ RETRY_S = 0.5
 
 Pair = tuple[Member | None, Member]
 """Who prefills, None for the same, and who decodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """The tokens of a crossing, and the KV dtypes of those who prefilled and decoded, on which
+    tokens depend.
+    """
+
+    kv_dtypes: tuple[str, str]
+    token_ids: tuple[int, ...]
 
 
 class Canary:
@@ -55,7 +66,7 @@ class Canary:
         self._expect = expect
         self._interval_s = interval_s
         self._on_change = on_change
-        self._answers: dict[Member, tuple[int, ...]] = {}
+        self._answers: dict[Member, _Answer] = {}
         """What those members that were crossed said; of members only."""
 
         self._was_ready = False
@@ -98,7 +109,8 @@ class Canary:
         problems = [await self._cross(pair) for pair in _pairs(members, self._disaggregate)]
         for problem in filter(None, problems):
             log.warning("canary.failed", problem=problem)
-        if len(set(self._answers.values())) > 1:
+        answers = set(self._answers.values())
+        if len(answers) > len({answer.kv_dtypes for answer in answers}):
             return "workers give different tokens for the same request"
         if all(problems):
             return problems[0] if problems else "no decode worker can pull from a prefill worker"
@@ -127,9 +139,10 @@ class Canary:
         """Send the request through; what went wrong, if something did."""
         prefill, decode = pair
         try:
-            answer = await self._relay.probe(self._job(), lambda _: _placement(pair))
+            token_ids = await self._relay.probe(self._job(), lambda _: _placement(pair))
         except ServingError as error:
             return f"canary by {_name(pair)} failed: {error}"
+        answer = _Answer(((prefill or decode).kv_dtype, decode.kv_dtype), token_ids)
         for member in (prefill, decode):
             if member is not None:
                 self._answers[member] = answer

@@ -59,6 +59,14 @@ class CoordinatorConfig(ServiceSettings):
     max_ledgers: int = Field(default=4096, ge=1)
     """Ended requests that `explain` remembers."""
 
+    relief: bool = True
+    """Move a running request off a decode worker on which others wait, while another has ample
+    room. Requests of a worker that drains are moved in any case."""
+
+    max_moves: int = Field(default=8, ge=1)
+    """Requests that move off one draining worker at a time. More end the drain sooner, and take
+    more of the steps of those that take them over."""
+
     drain_s: float = Field(default=30.0, ge=0)
     """How long requests under way may go on after SIGTERM."""
 

@@ -15,7 +15,9 @@ from coordinator.request import (
 from coordinator.router import Placement
 from kvrelay.errors import InvalidRequest, ServingError
 from kvrelay.events import Delta, Event, Finished, Started, Usage
+from kvrelay.handoff.ticket import Ticket, sign
 from kvrelay.rpc import convert, status
+from kvrelay.transfer.select import alternatives
 from kvrelay.types import FinishReason, SamplingParams
 from kvrelay.v1 import common_pb2, decode_pb2, generate_pb2, pool_pb2, prefill_pb2
 
@@ -33,12 +35,15 @@ class Work:
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     cache_salt: bytes
+    running_attempt: int = 0
+    """The attempt that this one is to go on from, at `placement.running`; 0 if it is to begin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstToken:
     """A prefill worker sampled position 0."""
 
+    attempt: int
     token_id: int
     finish: FinishReason | None
     queue_s: float
@@ -70,6 +75,7 @@ class LocalPrefill:
 class Output:
     """A decode worker's tokens from `position` on."""
 
+    attempt: int
     position: int
     token_ids: tuple[int, ...]
     finish: FinishReason | None
@@ -80,13 +86,21 @@ class Output:
 class Lost:
     """The attempt cannot go on: a worker gave it up, or went away."""
 
+    attempt: int
     error: ServingError
     worker_id: str
     is_reported: bool = False
     """The worker lives and says so itself, perhaps of a peer."""
 
 
-News = FirstToken | Output | Lost
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """The attempt goes on at another worker, which has all of it; it says no more."""
+
+    attempt: int
+
+
+News = FirstToken | Output | Lost | Moved
 """What an attempt hears from its workers."""
 
 
@@ -221,25 +235,60 @@ def decode_cancel(work: Work) -> decode_pb2.DecodeRequest:
     return decode_pb2.DecodeRequest(cancel=_cancel(work))
 
 
+def hand_over(work: Work, puller_id: str) -> decode_pb2.DecodeRequest:
+    return decode_pb2.DecodeRequest(
+        hand_over=decode_pb2.HandOver(
+            request_id=work.request_id,
+            attempt=work.running_attempt,
+            handoff_id=work.handoff_id,
+            puller_id=puller_id,
+        )
+    )
+
+
+def cancel_hand_over(work: Work) -> decode_pb2.DecodeRequest:
+    return decode_pb2.DecodeRequest(
+        cancel_hand_over=decode_pb2.CancelHandOver(
+            request_id=work.request_id,
+            attempt=work.running_attempt,
+            handoff_id=work.handoff_id,
+        )
+    )
+
+
 def _cancel(work: Work) -> common_pb2.CancelAttempt:
     return common_pb2.CancelAttempt(request_id=work.request_id, attempt=work.attempt)
 
 
 def _pull_source(work: Work, placement: Placement) -> decode_pb2.PullSource | None:
-    if placement.prefill is None or placement.offer is None:
+    if placement.holder is None or placement.offer is None:
         return None
-    holder = placement.prefill.identity
+    holder, puller = placement.holder.identity, placement.decode.identity
+    ticket = Ticket(
+        handoff_id=work.handoff_id,
+        holder_id=holder.worker_id,
+        holder_epoch=holder.epoch,
+        puller_id=puller.worker_id,
+        puller_epoch=puller.epoch,
+    )
     return decode_pb2.PullSource(
         handoff_id=work.handoff_id,
         worker_id=holder.worker_id,
         epoch=holder.epoch,
         address=holder.address,
         offer=convert.offer_to_wire(placement.offer),
+        other_offers=[
+            convert.offer_to_wire(offer)
+            for offer in alternatives(holder.offers, puller.offers, to=placement.offer)
+        ],
+        ticket=sign(ticket, placement.holder.ticket_key),
+        is_running=placement.running is not None,
     )
 
 
 def first_token_from_wire(prefilled: prefill_pb2.Prefilled) -> FirstToken:
     return FirstToken(
+        attempt=prefilled.attempt,
         token_id=prefilled.token_id,
         finish=convert.finish_from_wire(prefilled.finish_reason),
         queue_s=prefilled.queue_s,
@@ -250,6 +299,7 @@ def first_token_from_wire(prefilled: prefill_pb2.Prefilled) -> FirstToken:
 
 def output_from_wire(output: decode_pb2.SequenceOutput) -> Output:
     return Output(
+        attempt=output.attempt,
         position=output.position,
         token_ids=tuple(output.token_ids),
         finish=convert.finish_from_wire(output.finish_reason),
@@ -262,6 +312,7 @@ def _cost_from_wire(output: decode_pb2.SequenceOutput) -> HandoffCost | LocalPre
         handoff = output.handoff
         return HandoffCost(
             stages={
+                "grant_wait": handoff.grant_wait_s,
                 "transfer": handoff.transfer_s,
                 "verify": handoff.verify_s,
                 "release": handoff.release_s,
@@ -284,7 +335,7 @@ def _cost_from_wire(output: decode_pb2.SequenceOutput) -> HandoffCost | LocalPre
 
 def lost_from_wire(failed: common_pb2.FailedAttempt, worker_id: str) -> Lost:
     error = status.from_failure(failed.failure)
-    return Lost(error=error, worker_id=worker_id, is_reported=True)
+    return Lost(attempt=failed.attempt, error=error, worker_id=worker_id, is_reported=True)
 
 
 def member_to_wire(member: Member, now_s: float) -> pool_pb2.PoolMember:

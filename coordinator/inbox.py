@@ -1,19 +1,24 @@
-"""What an attempt hears from its workers, and the order in which it counts."""
+"""What a request hears from its workers, and the order in which it counts."""
 
 import asyncio
 from collections import deque
 from collections.abc import Sequence
 
-from coordinator.convert import FirstToken, Lost, News, Output
+from coordinator.convert import FirstToken, Lost, Moved, News, Output
 from coordinator.turns import Turns
 from kvrelay.types import FinishReason
 
 Said = FirstToken | Output
 """News that brings tokens."""
 
+Ended = Lost | Moved
+"""News that an attempt says no more."""
+
 
 class Inbox:
-    """What one attempt has heard and not yet handled. Holds at most its tokens and its end."""
+    """What one request has heard and not yet handled. Holds at most the tokens and the ends of
+    its attempts.
+    """
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
@@ -27,8 +32,8 @@ class Inbox:
         if is_first and self._waiter is not None:
             self._wake(self._waiter)
 
-    async def get(self, *, is_urgent: bool) -> Lost | Sequence[Said]:
-        """What has been heard, at least one thing: all that was said before a loss, or the loss.
+    async def get(self, *, is_urgent: bool) -> Ended | Sequence[Said]:
+        """What has been heard, at least one thing: all that was said before an end, or the end.
 
         Args:
             is_urgent: the first thing, as soon as it is here; not all, when it is our turn.
@@ -53,11 +58,11 @@ class Inbox:
         elif not waiter.done():
             waiter.set_result(None)
 
-    def _take(self, limit: int) -> Lost | Sequence[Said]:
+    def _take(self, limit: int) -> Ended | Sequence[Said]:
         said: list[Said] = []
         for _ in range(limit):
             news = self._news.popleft()
-            if not isinstance(news, Lost):
+            if isinstance(news, (Output, FirstToken)):
                 said.append(news)
             elif not said:
                 return news
@@ -68,9 +73,10 @@ class Inbox:
 
 
 class Order:
-    """Puts tokens of one attempt in order of position: no gap, no repeat.
+    """Puts tokens in order of position: no gap, no repeat.
 
-    The first token comes from the prefill worker and once more from the decode worker,
+    The first token comes from the prefill worker and once more from the decode worker, and when a
+    sequence moves its last tokens come from the worker that it leaves and once more from the other,
     whichever is faster.
     """
 

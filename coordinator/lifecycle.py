@@ -4,8 +4,8 @@ The one idea: KV is a cache of the prompt and of the tokens already sent, never 
 copy of anything. So a lost worker at any point means the same thing: place it again.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from kvrelay.errors import KvCorrupt, NoWorker, Overloaded, ServingError
@@ -107,3 +107,33 @@ def verdict(
             last_reason=last.reason,
         )
     return None
+
+
+@dataclass(slots=True)
+class Losses:
+    """What a request has lost so far, and what that means for where it goes next."""
+
+    patience: Patience
+    errors: list[ServingError] = field(default_factory=list)
+    """Oldest first."""
+
+    suspects: frozenset[str] = frozenset()
+    """Workers that lost or refused it."""
+
+    kv_dtype: str | None = None
+    """Of the decode worker that had it last."""
+
+    refused_at_s: float | None = None
+    """When a worker first had no room."""
+
+    def add(
+        self, error: ServingError, suspects: Set[str], *, kv_dtype: str, now_s: float
+    ) -> ServingError | None:
+        """Note a loss. None: place it again. Otherwise the error that ends it."""
+        self.errors.append(error)
+        self.suspects |= suspects
+        self.kv_dtype = kv_dtype
+        if isinstance(error, Overloaded) and self.refused_at_s is None:
+            self.refused_at_s = now_s
+        refused_s = 0.0 if self.refused_at_s is None else now_s - self.refused_at_s
+        return verdict(self.errors, self.patience, refused_s=refused_s)

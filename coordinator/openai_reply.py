@@ -23,6 +23,7 @@ STATUSES: Mapping[type[errors.ServingError], int] = {
     errors.PeerUnavailable: 503,
     errors.Draining: 503,
     errors.HandoffLost: 503,
+    errors.QuiescenceLost: 503,
     errors.KvCorrupt: 502,
     errors.Incompatible: 503,
     errors.DeadlinePassed: 504,

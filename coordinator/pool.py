@@ -15,6 +15,7 @@ from coordinator.registry import Member, Registry
 from coordinator.router import Placement, Router, RouteRequest
 from coordinator.workers import Attempt, Inbox, Workers
 from kvrelay.clock import Clock
+from kvrelay.transfer.select import explain
 from kvrelay.types import Role, WorkerIdentity, WorkerLoad
 
 log = structlog.get_logger(__name__)
@@ -43,14 +44,20 @@ class Pool:
         router: Router,
         workers: Workers,
         clock: Clock,
+        mint_key: Callable[[], bytes],
         on_change: Callable[[Sequence[Member]], None],
     ) -> None:
+        """`mint_key` makes a key of `KEY_NUM_BYTES` that nobody can guess."""
         self._registry = registry
         self._router = router
         self._workers = workers
         self._clock = clock
+        self._mint_key = mint_key
         self._on_change = on_change
         self._seats: dict[Member, Seat] = {}
+        self._ways: dict[tuple[str, str], str] = {}
+        """The transport last taken, by holder and puller; of members only."""
+
         self._changed = asyncio.Event()
         self._leaving: set[asyncio.Task[None]] = set()
 
@@ -66,10 +73,10 @@ class Pool:
 
     @property
     def block_size(self) -> int:
-        """Of the pool's KV layout, all members' being equal; a common one while there is none."""
-        for member in self._registry:
-            return member.identity.fingerprint.layout.block_size
-        return DEFAULT_BLOCK_SIZE
+        """In which prefixes are told apart: the smallest of the members'; a common one while there
+        is none.
+        """
+        return self._registry.block_size or DEFAULT_BLOCK_SIZE
 
     def join(self, identity: WorkerIdentity) -> Seat:
         """Make a worker a member and open a session with it.
@@ -77,7 +84,10 @@ class Pool:
         Raises:
             Incompatible: see `Registry.join`.
         """
-        member, replaced = self._registry.join(identity, self._clock.now())
+        was_mixed = len(self._registry.kv_dtypes) > 1
+        member, replaced = self._registry.join(
+            identity, self._clock.now(), ticket_key=self._mint_key()
+        )
         if replaced is not None:
             self._expel(replaced, "replaced")
         seat = self._seats[member] = Seat(member)
@@ -86,7 +96,15 @@ class Pool:
             on_open=lambda: self._linked(member),
             on_end=lambda: self.leave(member, "session ended"),
         )
-        log.info("pool.joined", worker_id=member.worker_id, role=identity.role.value)
+        log.info(
+            "pool.joined",
+            worker_id=member.worker_id,
+            role=identity.role.value,
+            block_size=member.block_size,
+            kv_dtype=member.kv_dtype,
+        )
+        if not was_mixed:
+            self._say_if_mixed()
         self._notify()
         return seat
 
@@ -101,6 +119,17 @@ class Pool:
         if self._registry.leave(member):
             self._expel(member, why)
 
+    def _say_if_mixed(self) -> None:
+        """What was promised of tokens holds no longer when workers keep KV differently."""
+        dtypes = self._registry.kv_dtypes
+        if len(dtypes) > 1:
+            log.warning(
+                "pool.mixes_kv_dtypes",
+                kv_dtypes=", ".join(sorted(dtypes)),
+                promise="no token is lost or repeated and what was sent never changes, "
+                "but tokens depend on which workers serve",
+            )
+
     def _linked(self, member: Member) -> None:
         member.is_linked = True
         self._notify()
@@ -114,10 +143,24 @@ class Pool:
     ) -> Attempt:
         """Tell the chosen workers, and count the work as theirs until `settle`."""
         self._router.placed(placement, request)
+        self._say_way(placement)
         prefiller = placement.prefill or placement.decode
         placement.decode.placed[_attempt(work)] = 0
         prefiller.placed[_attempt(work)] = placement.num_prefill_tokens
         return self._workers.dispatch(work, placement, inbox)
+
+    def _say_way(self, placement: Placement) -> None:
+        """How KV goes from one worker to another, and why so: once, and when it changes."""
+        holder, puller, offer = placement.holder, placement.decode, placement.offer
+        if holder is None or offer is None:
+            return
+        pair = (holder.worker_id, puller.worker_id)
+        if self._ways.get(pair) != offer.name:
+            self._ways[pair] = offer.name
+            why = explain(
+                holder.identity.offers, puller.identity.offers, puller.measured_from(holder)
+            )
+            log.info("pool.transport", holder=pair[0], puller=pair[1], name=offer.name, why=why)
 
     def prefilled(self, work: Work, placement: Placement) -> None:
         """The prompt is computed: its tokens no longer stand before others."""
@@ -168,6 +211,7 @@ class Pool:
     def _expel(self, member: Member, why: str) -> None:
         log.info("pool.left", worker_id=member.worker_id, why=why)
         self._router.forget(member.worker_id)
+        self._ways = {pair: way for pair, way in self._ways.items() if member.worker_id not in pair}
         self._seats.pop(member).expelled.set()
         task = asyncio.create_task(self._workers.remove(member))
         self._leaving.add(task)

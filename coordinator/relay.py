@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
 import structlog
@@ -105,6 +105,11 @@ class Relay:
         """When a request last ended well, by the clock."""
 
         self.num_lost_attempts = 0
+
+    @property
+    def sessions(self) -> Mapping[str, Session]:
+        """Of callers' requests under way, by request; always as it is now."""
+        return self._sessions
 
     @property
     def num_active(self) -> int:

@@ -1,20 +1,25 @@
 """Which prefill and which decode worker a request goes to, chosen together, with the reason.
 
-Pure. Prompts go where the least work stands before their first token, counting what a
-worker's prefix index probably spares; sequences go where the fewest run. A prompt that is
-short, or mostly cached where it will be decoded, skips the handoff: moving its KV would
-cost more than computing it.
+Pure. Prompts go where their KV is likely to be complete at the decode worker first: after the work
+that stands before them, while what is computed is moved, counting what a worker's prefix index
+probably spares. Sequences go where the fewest run. A prompt that is short, or mostly cached where
+it will be decoded, skips the handoff: moving its KV would cost more than computing it.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from statistics import median
+from typing import Final
 
+from coordinator.prefix_map import PrefixMap
 from coordinator.registry import Member
 from kvrelay.errors import Incompatible, InvalidRequest
-from kvrelay.transfer.select import choose_offer
+from kvrelay.transfer.select import Way, choose
 from kvrelay.types import Role, TransportOffer
+
+ASSUMED_PREFILL_TOKENS_PER_S: Final = 5000.0
+"""While no prefill worker has measured itself."""
 
 
 class Disaggregate(Enum):
@@ -46,22 +51,36 @@ class RouteRequest:
     """Of the prompt's full blocks, in order."""
 
     block_size: int
+    """Tokens of each of these; workers' own blocks may be larger."""
+
     avoid: frozenset[str] = frozenset()
     """Workers that lost an attempt of this request: taken only if there is no other."""
+
+    kv_dtype: str | None = None
+    """Of the decode worker that had it before. Another of that kind, where there is one, goes on
+    with the same tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where a request goes. Without `prefill` the decode worker prefills it."""
+    """Where a request goes. Without a holder the decode worker prefills it."""
 
     prefill: Member | None
     decode: Member
     offer: TransportOffer | None
-    """How the decode worker pulls; None without `prefill`."""
+    """How the decode worker pulls; None without a holder."""
 
     reason: str
     num_prefill_tokens: int
     """Prompt tokens that will probably have to be computed."""
+
+    running: Member | None = None
+    """The decode worker that has the sequence now, if it is to move."""
+
+    @property
+    def holder(self) -> Member | None:
+        """Who has the KV that the decode worker pulls."""
+        return self.prefill or self.running
 
     @property
     def worker_ids(self) -> frozenset[str]:
@@ -72,38 +91,14 @@ class Placement:
         return bool(self.worker_ids & worker_ids)
 
 
-class PrefixMap:
-    """What each worker's prefix index probably holds, from what was placed on it.
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A prefill worker, how a decode worker would pull from it, and how long that would take."""
 
-    A guess that only routing relies on: a wrong one costs time, never a token.
-    """
-
-    def __init__(self, *, max_blocks_per_worker: int) -> None:
-        self._max_blocks = max_blocks_per_worker
-        self._hashes: dict[str, OrderedDict[bytes, None]] = {}
-
-    def add(self, worker_id: str, block_hashes: Iterable[bytes]) -> None:
-        """Note that a worker computes, or has pulled, these blocks."""
-        seen = self._hashes.setdefault(worker_id, OrderedDict())
-        for block_hash in block_hashes:
-            seen[block_hash] = None
-            seen.move_to_end(block_hash)
-        while len(seen) > self._max_blocks:
-            seen.popitem(last=False)
-
-    def match(self, worker_id: str, block_hashes: Sequence[bytes]) -> int:
-        """Leading blocks that the worker probably has."""
-        seen = self._hashes.get(worker_id)
-        if not seen:
-            return 0
-        for i, block_hash in enumerate(block_hashes):
-            if block_hash not in seen:
-                return i
-        return len(block_hashes)
-
-    def forget(self, worker_id: str) -> None:
-        """A worker that left, or started anew, has nothing."""
-        self._hashes.pop(worker_id, None)
+    prefill: Member
+    decode: Member
+    way: Way
+    transfer_s: float
 
 
 class Router:
@@ -129,9 +124,9 @@ class Router:
         reason = self._reason_to_stay_local(uncached)
         if reason is None:
             pair = self._best_pair(request, self._prefills(request, members), candidates)
-            if pair is not None or self._rules.disaggregate is Disaggregate.ALWAYS:
-                return pair
-            reason = "local: no prefill worker can hand over"
+            reason = self._reason_against(pair, candidates[0], uncached)
+            if reason is None:
+                return None if pair is None else self._paired(pair, request)
         return Placement(
             prefill=None,
             decode=candidates[0],
@@ -176,39 +171,69 @@ class Router:
             and m.worker_id not in request.avoid
         ]
 
+    def _reason_against(self, pair: _Pair | None, decode: Member, uncached: int) -> str | None:
+        """Why `decode` had better prefill it: nobody hands over, or moving the KV takes longer
+        than computing it, both having been measured.
+        """
+        if self._rules.disaggregate is Disaggregate.ALWAYS:
+            return None
+        if pair is None:
+            return "local: no prefill worker can hand over"
+        tokens_per_s = decode.load.prefill_tokens_per_s
+        if not (pair.way.is_measured and tokens_per_s > 0):
+            return None
+        local_s = uncached / tokens_per_s
+        if pair.transfer_s <= local_s:
+            return None
+        return (
+            f"local: {uncached} uncached tokens take {local_s:.3f} s to compute, "
+            f"{pair.transfer_s:.3f} s to move by {pair.way}"
+        )
+
     def _best_pair(
         self, request: RouteRequest, prefills: Sequence[Member], decodes: Sequence[Member]
-    ) -> Placement | None:
-        """The first of `decodes` that can pull from somebody, with the prefill worker that has
-        the least work ahead among those it can pull from.
+    ) -> _Pair | None:
+        """The first of `decodes` that can pull from somebody, with the prefill worker from which
+        it would have all of the KV first.
         """
-        by_cost = sorted(prefills, key=lambda m: self._prefill_cost(m, request))
+        measured = [m.load.prefill_tokens_per_s for m in prefills]
+        known = [tokens_per_s for tokens_per_s in measured if tokens_per_s > 0]
+        # One figure for all: a worker's own falls with the length of its prompts, and one that was
+        # passed over for that would never get to show better.
+        tokens_per_s = median(known) if known else ASSUMED_PREFILL_TOKENS_PER_S
         for decode in decodes:
-            for prefill in by_cost:
-                offer = common_offer(prefill, decode)
-                if offer is not None:
-                    return self._pair(request, prefill, decode, offer)
+            num_moved = self._uncached_tokens(decode, request)
+            pairs = [
+                _Pair(prefill, decode, way, num_moved * _kv_num_bytes(prefill) / way.bytes_per_s)
+                for prefill in prefills
+                if (way := best_way(prefill, decode)) is not None
+            ]
+            if pairs:
+                return min(pairs, key=lambda pair: self._pair_cost(pair, request, tokens_per_s))
         return None
 
-    def _pair(
-        self, request: RouteRequest, prefill: Member, decode: Member, offer: TransportOffer
-    ) -> Placement:
-        uncached = self._uncached_tokens(prefill, request)
+    def _pair_cost(
+        self, pair: _Pair, request: RouteRequest, tokens_per_s: float
+    ) -> tuple[float, float, str]:
+        """When the KV would be complete, moving while it is computed; then the faster way."""
+        queue_s = pair.prefill.queued_prompt_tokens / tokens_per_s
+        prefill_s = self._uncached_tokens(pair.prefill, request) / tokens_per_s
+        done_s = queue_s + max(prefill_s, pair.transfer_s)
+        return (done_s, pair.transfer_s, pair.prefill.worker_id)
+
+    def _paired(self, pair: _Pair, request: RouteRequest) -> Placement:
+        uncached = self._uncached_tokens(pair.prefill, request)
         return Placement(
-            prefill=prefill,
-            decode=decode,
-            offer=offer,
-            reason=f"disaggregated: {uncached} uncached tokens, {offer.name}",
+            prefill=pair.prefill,
+            decode=pair.decode,
+            offer=pair.way.offer,
+            reason=f"disaggregated: {uncached} uncached tokens, {pair.way}",
             num_prefill_tokens=uncached,
         )
 
-    def _prefill_cost(self, member: Member, request: RouteRequest) -> tuple[int, str]:
-        ahead = member.queued_prompt_tokens
-        return (ahead + self._uncached_tokens(member, request), member.worker_id)
-
-    def _decode_cost(self, member: Member, request: RouteRequest) -> tuple[float, int, str]:
+    def _decode_cost(self, member: Member, request: RouteRequest) -> tuple[bool, float, int, str]:
         """The emptiest first, by sequences in its step or by blocks, whichever is fuller; then
-        the longest cached prefix.
+        the longest cached prefix. Before all that, the KV dtype that the request began with.
         """
         load = member.load
         sequences = max(len(member.placed), load.running_sequences + load.waiting_sequences)
@@ -216,11 +241,13 @@ class Router:
             sequences / member.identity.max_sequences,
             load.held_blocks / member.identity.num_blocks,
         )
-        return (fill, self._uncached_tokens(member, request), member.worker_id)
+        is_other = request.kv_dtype not in (None, member.kv_dtype)
+        return (is_other, fill, self._uncached_tokens(member, request), member.worker_id)
 
     def _uncached_tokens(self, member: Member, request: RouteRequest) -> int:
         """Prompt tokens to compute there; at least the last one always is."""
         cached = self._prefixes.match(member.worker_id, request.block_hashes) * request.block_size
+        cached -= cached % member.block_size
         return max(1, request.num_prompt - cached)
 
 
@@ -244,12 +271,24 @@ def _large_enough(
     return found
 
 
-def common_offer(prefill: Member, decode: Member) -> TransportOffer | None:
-    """How `decode` would pull from `prefill`, or None if it cannot."""
+def common_offer(holder: Member, puller: Member) -> TransportOffer | None:
+    """How `puller` would pull from `holder`, or None if it cannot."""
+    way = best_way(holder, puller)
+    return None if way is None else way.offer
+
+
+def best_way(holder: Member, puller: Member) -> Way | None:
+    """The fastest way from `holder` to `puller`, by what `puller` measured of it."""
     try:
-        return choose_offer(prefill.identity.offers, decode.identity.offers)
+        return choose(holder.identity.offers, puller.identity.offers, puller.measured_from(holder))
     except Incompatible:
         return None
+
+
+def _kv_num_bytes(holder: Member) -> float:
+    """Of one token, as it is held; it may be packed to fewer before it is moved."""
+    layout = holder.identity.fingerprint.layout
+    return layout.block_num_bytes / layout.block_size
 
 
 def _preferred(members: Sequence[Member], avoid: frozenset[str]) -> Sequence[Member]:

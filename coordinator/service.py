@@ -97,7 +97,8 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
         seat = self._pool.join(identity)
         try:
             yield pool_pb2.JoinResponse(
-                heartbeat_interval_ms=int(1000 * self._heartbeat_interval_s)
+                heartbeat_interval_ms=int(1000 * self._heartbeat_interval_s),
+                ticket_key=seat.member.ticket_key,
             )
             await self._listen(request_iterator, seat)
         finally:

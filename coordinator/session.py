@@ -4,28 +4,41 @@
     2. tell both at once, with the tokens the caller already has
     3. hand every new token on at once, whoever sampled it, in order of position
     4. a worker, handoff or KV lost: back to 1
-    5. at the end, whatever end it is, both sides forget it and its ledger is closed
+    5. asked to move: a second attempt goes on where the first is; until it has said something, both
+       are heard, and if it fails it was nothing
+    6. at the end, whatever end it is, both sides forget it and its ledger is closed
 
 What the workers compute is a function of tokens, parameters and seed alone, so the tokens of
 a second attempt continue those of the first, and a position that comes twice comes equal.
 """
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import structlog
 
-from coordinator.convert import FirstToken, HandoffCost, LocalPrefill, Lost, Output, Work
-from coordinator.inbox import Inbox, Order, Said
-from coordinator.lifecycle import Event, Patience, Phase, advance, verdict
+from coordinator.convert import (
+    FirstToken,
+    HandoffCost,
+    LocalPrefill,
+    Lost,
+    Moved,
+    News,
+    Output,
+    Work,
+)
+from coordinator.inbox import Ended, Inbox, Order, Said
+from coordinator.lifecycle import Event, Losses, Patience, Phase, advance
+from coordinator.moves import Movable, Move, MoveOutcome, MoveReason
 from coordinator.pool import Pool
 from coordinator.router import Placement, RouteRequest
+from coordinator.runs import Run, Succession
 from coordinator.turns import Turns
 from kvrelay.clock import Clock
-from kvrelay.errors import DeadlinePassed, NoWorker, Overloaded, ServingError
+from kvrelay.errors import DeadlinePassed, HandoffLost, NoWorker, ServingError
 from kvrelay.obs.ledger import LedgerBuilder
 from kvrelay.types import FinishReason, SamplingParams
 
@@ -80,11 +93,15 @@ class Session:
         self._clock = clock
         self._mint_id = mint_id
         self._deadline_s = deadline_s
-        self._turns = turns
+        self._inbox = Inbox(turns)
+        self._order = Order(0)
+        self._run: Run | None = None
+        self._succession: Succession | None = None
+        self._num_attempts = 0
         self._emitted: list[int] = []
-        self._losses: list[ServingError] = []
-        self._avoid: frozenset[str] = frozenset()
-        self._refused_at_s: float | None = None
+        self._losses = Losses(patience)
+        self._num_relieved = 0
+        self._num_failed_moves = 0
 
     async def tokens(self) -> AsyncGenerator[NewTokens, None]:
         """Yield new tokens until the request has finished.
@@ -97,20 +114,61 @@ class Session:
         """
         try:
             while self.phase is not Phase.FINISHED:
-                placement = await self._place()
-                async with contextlib.aclosing(self._attempt(placement)) as batches:
-                    async for batch in batches:
-                        yield batch
+                if self.phase is Phase.QUEUED:
+                    self._begin(await self._place())
+                heard = await self._hear()
+                if isinstance(heard, Lost):
+                    self._lost(heard)
+                elif isinstance(heard, Moved):
+                    self._moved(heard)
+                elif (batch := self._accept(heard)).token_ids:
+                    yield batch
         except ServingError:
             self.phase = advance(self.phase, Event.GIVEN_UP)
             raise
         finally:
+            self._end_runs()
             if self.phase not in (Phase.FINISHED, Phase.FAILED):
                 self.phase = advance(self.phase, Event.CALLER_GONE)
 
     def stop(self) -> None:
         """End the request after the tokens yielded last: a stop string was found in them."""
         self.phase = advance(self.phase, Event.LAST_TOKEN)
+
+    @property
+    def movable(self) -> Movable | None:
+        """What a planner of moves needs to know; None while it cannot move."""
+        run = self._run
+        if self.phase is not Phase.DECODING or run is None or self._succession is not None:
+            return None
+        return Movable(
+            request_id=self._job.request_id,
+            source=run.placement.decode,
+            num_tokens=len(self._job.prompt_ids) + len(self._emitted),
+            num_slots=self._job.route.num_slots,
+            last_token_at_s=self._ledger.last_token_at_s,
+            num_relieved=self._num_relieved,
+            num_failed=self._num_failed_moves,
+        )
+
+    def move(self, move: Move, *, on_end: Callable[[MoveOutcome], None]) -> None:
+        """Have another decode worker go on with it. `on_end` is told once how that came out."""
+        run = self._run
+        assert run is not None
+        assert self.movable is not None
+        assert move.source is run.placement.decode
+        self._num_relieved += move.reason is MoveReason.RELIEF
+        succession = Succession(move, put=self._inbox.put, on_lost=self._move_failed, on_end=on_end)
+        placement = Placement(
+            prefill=None,
+            decode=move.target,
+            offer=move.offer,
+            reason=f"{move.reason.value} of {move.source.worker_id}",
+            num_prefill_tokens=0,
+            running=move.source,
+        )
+        succession.run = self._dispatch(placement, succession.hear, running_attempt=run.number)
+        self._succession = succession
 
     async def _place(self) -> Placement:
         """Wait until the router finds workers, at most the queue limit.
@@ -120,11 +178,11 @@ class Session:
         """
         limit_s = self._patience.queue_limit_s
         until_s = self._clock.now() + limit_s
-        is_news = not self._losses
+        is_news = not self._losses.errors
         while True:
             self._require_time()
             placement = self._place_once(self._route())
-            if placement is not None and (is_news or not placement.involves(self._avoid)):
+            if placement is not None and (is_news or not placement.involves(self._losses.suspects)):
                 return placement
             try:
                 await self._within(self._pool.wait_change(), until_s)
@@ -137,37 +195,29 @@ class Session:
             is_news = True
 
     def _route(self) -> RouteRequest:
-        return replace(self._job.route, avoid=self._avoid)
+        losses = self._losses
+        return replace(self._job.route, avoid=losses.suspects, kv_dtype=losses.kv_dtype)
 
-    async def _attempt(self, placement: Placement) -> AsyncGenerator[NewTokens, None]:
-        """Run one placement until the request finishes or the attempt is lost."""
-        work = self._work()
-        inbox = Inbox(self._turns)
-        attempt = self._pool.dispatch(work, placement, self._job.route, inbox.put)
-        self._began(placement)
-        order = Order(len(self._emitted))
-        decode_is_over = False
-        try:
-            while self.phase in (Phase.PREFILLING, Phase.DECODING):
-                heard = await self._hear(inbox)
-                if isinstance(heard, Lost):
-                    self._lost(heard, placement)
-                    continue
-                batch = self._accept(heard, order, work, placement)
-                if batch.finish is not None:
-                    self.phase = advance(self.phase, Event.LAST_TOKEN)
-                    decode_is_over = any(isinstance(it, Output) and it.finish for it in heard)
-                if batch.token_ids:
-                    self._emitted += batch.token_ids
-                    yield batch
-        finally:
-            attempt.close(decode_is_over=decode_is_over)
-            self._pool.settle(work, placement)
+    def _begin(self, placement: Placement) -> None:
+        self._run = self._dispatch(placement, self._inbox.put)
+        self._order = Order(len(self._emitted))
+        self.phase = advance(self.phase, Event.PLACED)
+        prefiller = placement.prefill or placement.decode
+        self._ledger.dispatched(self._clock.now())
+        self._ledger.prefill_worker = prefiller.worker_id
+        self._ledger.route_reason = placement.reason
 
-    def _work(self) -> Work:
-        return Work(
+    def _dispatch(
+        self,
+        placement: Placement,
+        hear: Callable[[News], None],
+        *,
+        running_attempt: int = 0,
+    ) -> Run:
+        self._num_attempts += 1
+        work = Work(
             request_id=self._job.request_id,
-            attempt=len(self._losses) + 1,
+            attempt=self._num_attempts,
             handoff_id=self._mint_id(),
             prompt_ids=self._job.prompt_ids,
             emitted_ids=tuple(self._emitted),
@@ -175,96 +225,194 @@ class Session:
             max_tokens=self._job.max_tokens,
             stop_token_ids=self._job.stop_token_ids,
             cache_salt=self._job.cache_salt,
+            running_attempt=running_attempt,
         )
+        attempt = self._pool.dispatch(work, placement, self._job.route, hear)
+        return Run(work, placement, attempt)
 
-    def _began(self, placement: Placement) -> None:
-        self.phase = advance(self.phase, Event.PLACED)
-        prefiller = placement.prefill or placement.decode
-        self._ledger.dispatched(self._clock.now())
-        self._ledger.prefill_worker = prefiller.worker_id
-        self._ledger.route_reason = placement.reason
+    def _close(self, run: Run) -> None:
+        run.attempt.close(decode_is_over=run.is_over)
+        self._pool.settle(run.work, run.placement)
 
-    def _accept(
-        self, heard: Sequence[Said], order: Order, work: Work, placement: Placement
-    ) -> NewTokens:
+    def _end_runs(self) -> None:
+        """Whatever still runs or moves is called off."""
+        if self._run is not None:
+            self._close(self._run)
+            self._run = None
+        if self._succession is not None:
+            self._end_succession(MoveOutcome.OVERTAKEN)
+
+    def _end_succession(self, outcome: MoveOutcome) -> Move:
+        succession, self._succession = self._succession, None
+        assert succession is not None
+        self._close(succession.run)
+        succession.end(outcome)
+        return succession.move
+
+    def _accept(self, heard: Sequence[Said]) -> NewTokens:
         """The tokens that are now due."""
-        due: list[int] = []
+        num_before = len(self._emitted)
         finish = None
         for news in heard:
-            self._note(news, work, placement)
-            token_ids, finish = order.accept(news)
-            due += token_ids
+            run = self._run_of(news)
+            if run is None:
+                continue
+            self._note(news, run)
+            token_ids, finish = self._order.accept(news)
+            self._emitted += token_ids
             if finish is not None:
+                run.is_over = isinstance(news, Output)
+                self.phase = advance(self.phase, Event.LAST_TOKEN)
                 break
-        return NewTokens(tuple(due), finish)
+        return NewTokens(tuple(self._emitted[num_before:]), finish)
 
-    def _note(self, news: Said, work: Work, placement: Placement) -> None:
+    def _run_of(self, news: Said) -> Run | None:
+        """The attempt that says so; None if it was given up. The first word of the attempt that is
+        to go on makes it the one that does.
+        """
+        if self._run is not None and news.attempt == self._run.number:
+            return self._run
+        if self._succession is not None and news.attempt == self._succession.run.number:
+            return self._succeed(self._succession)
+        return None
+
+    def _succeed(self, succession: Succession) -> Run:
+        """It has moved. Whatever the worker that it left had to say comes from the other again."""
+        left, self._run, self._succession = self._run, succession.run, None
+        assert left is not None
+        left.is_over = True
+        self._close(left)
+        succession.run.attempt.took_over()
+        succession.end(MoveOutcome.MOVED)
+        self._ledger.moved()
+        self._ledger.decode_worker = succession.run.decode_worker
+        log.info(
+            "request.moved",
+            request_id=self._job.request_id,
+            attempt=succession.run.number,
+            source=left.decode_worker,
+            target=succession.run.decode_worker,
+            reason=succession.move.reason.value,
+            position=len(self._emitted),
+        )
+        return succession.run
+
+    def _note(self, news: Said, run: Run) -> None:
         """Keep the books: the phase, the load we count on workers, the ledger."""
         if isinstance(news, FirstToken):
-            self._pool.prefilled(work, placement)
-            self._note_first_token(news, work)
-        elif self.phase is Phase.PREFILLING:
+            self._pool.prefilled(run.work, run.placement)
+            if not run.work.emitted_ids:
+                self._note_prefill(news)
+            self._note_repeated(0, (news.token_id,))
+            return
+        if news.position < len(self._emitted):
+            self._note_repeated(news.position, news.token_ids)
+        if self.phase is Phase.PREFILLING:
             self.phase = advance(self.phase, Event.DECODE_STARTED)
-            self._pool.prefilled(work, placement)
-            self._ledger.decode_worker = placement.decode.worker_id
-            self._note_start(news)
+            self._pool.prefilled(run.work, run.placement)
+            self._ledger.decode_worker = run.decode_worker
+            self._note_start(news.cost)
 
-    def _note_first_token(self, news: FirstToken, work: Work) -> None:
-        if not work.emitted_ids:
-            self._note_prefill(news)
-        if self._emitted and self._emitted[0] != news.token_id:
-            log.error("request.token_differs", request_id=work.request_id, position=0)
+    def _note_repeated(self, position: int, token_ids: Sequence[int]) -> None:
+        """Tokens that were told before must be the same. They need not be where workers keep KV in
+        different dtypes.
+        """
+        known = self._emitted[position : position + len(token_ids)]
+        if known == list(token_ids[: len(known)]):
+            return
+        is_promised = len({member.kv_dtype for member in self._pool.members()}) == 1
+        log.log(
+            logging.ERROR if is_promised else logging.WARNING,
+            "request.token_differs",
+            request_id=self._job.request_id,
+            position=position,
+        )
 
-    def _note_start(self, news: Output) -> None:
-        if isinstance(news.cost, HandoffCost):
-            self._note_handoff(news.cost)
-        elif isinstance(news.cost, LocalPrefill) and not self._emitted:
-            self._note_prefill(news.cost)
+    def _note_start(self, cost: HandoffCost | LocalPrefill | None) -> None:
+        """What came before the decode worker's first word."""
+        if isinstance(cost, LocalPrefill):
+            if not self._emitted:
+                self._note_prefill(cost)
+        elif cost is not None:
+            if len(self._emitted) <= 1:
+                self._ledger.gap1_stages = dict(cost.stages)
+            self._ledger.transport = cost.transport
+            self._ledger.handoff_num_bytes = cost.num_bytes
+            self._ledger.overlapped_num_bytes = cost.overlapped_num_bytes
 
     def _note_prefill(self, cost: FirstToken | LocalPrefill) -> None:
         self._ledger.queue_s = cost.queue_s
         self._ledger.prefill_s = cost.prefill_s
         self._ledger.cached_prompt_tokens = cost.cached_prompt_tokens
 
-    def _note_handoff(self, cost: HandoffCost) -> None:
-        if len(self._emitted) <= 1:
-            self._ledger.gap1_stages = dict(cost.stages)
-        self._ledger.transport = cost.transport
-        self._ledger.handoff_num_bytes = cost.num_bytes
-        self._ledger.overlapped_num_bytes = cost.overlapped_num_bytes
-
-    def _lost(self, news: Lost, placement: Placement) -> None:
-        """Place it again, unless the losses so far say that this is its end."""
-        if self.phase is Phase.DECODING and news.worker_id != placement.decode.worker_id:
+    def _lost(self, news: Lost) -> None:
+        """The attempt cannot go on."""
+        run, succession = self._run, self._succession
+        if run is None or news.attempt != run.number:
+            return  # it was given up before
+        if self.phase is Phase.DECODING and news.worker_id != run.decode_worker:
             return  # the holder's part is over: its hold was released
-        if not news.error.retryable:
+        if succession is not None and succession.outcome is MoveOutcome.MOVED:
+            self._succeed(succession)
+            return
+        suspects = run.placement.worker_ids if news.is_reported else {news.worker_id}
+        self._give_up(run, news.error, worker_id=news.worker_id, suspects=suspects)
+
+    def _moved(self, news: Moved) -> None:
+        run = self._run
+        if run is None or news.attempt != run.number:
+            return
+        run.is_over = True
+        if self._succession is not None:
+            self._succeed(self._succession)
+            return
+        # Its new worker was lost after it had taken over, and before it said a word.
+        error = HandoffLost(f"{run.decode_worker} handed it over to a worker that was lost")
+        self._give_up(run, error, worker_id=run.decode_worker, suspects=frozenset())
+
+    def _move_failed(self, news: Lost) -> None:
+        """It goes on where it is."""
+        move = self._end_succession(MoveOutcome.FAILED)
+        self._num_failed_moves += 1
+        log.info(
+            "request.move_failed",
+            request_id=self._job.request_id,
+            attempt=news.attempt,
+            source=move.source.worker_id,
+            target=move.target.worker_id,
+            reason=news.error.reason,
+            problem=str(news.error),
+        )
+
+    def _give_up(
+        self, run: Run, error: ServingError, *, worker_id: str, suspects: Set[str]
+    ) -> None:
+        """Place it again, unless the losses so far say that this is its end."""
+        if not error.retryable:
             # A worker was asked for what can never be: our fault, not the caller's.
-            raise RuntimeError(f"{news.worker_id} refused an attempt: {news.error.reason}")
-        now_s = self._clock.now()
-        self._losses.append(news.error)
-        if isinstance(news.error, Overloaded) and self._refused_at_s is None:
-            self._refused_at_s = now_s
-        self._avoid |= placement.worker_ids if news.is_reported else {news.worker_id}
-        self._ledger.lost(news.error.reason)
+            raise RuntimeError(f"{worker_id} refused an attempt: {error.reason}")
+        self._ledger.lost(error.reason)
         log.info(
             "request.attempt_lost",
             request_id=self._job.request_id,
-            attempt=len(self._losses),
-            worker_id=news.worker_id,
-            reason=news.error.reason,
+            attempt=run.number,
+            worker_id=worker_id,
+            reason=error.reason,
             position=len(self._emitted),
         )
-        refused_s = 0.0 if self._refused_at_s is None else now_s - self._refused_at_s
-        error = verdict(self._losses, self._patience, refused_s=refused_s)
-        if error is not None:
-            raise error
+        self._end_runs()
+        final = self._losses.add(
+            error, suspects, kv_dtype=run.placement.decode.kv_dtype, now_s=self._clock.now()
+        )
+        if final is not None:
+            raise final
         self.phase = advance(self.phase, Event.ATTEMPT_LOST)
 
-    async def _hear(self, inbox: Inbox) -> Lost | Sequence[Said]:
+    async def _hear(self) -> Ended | Sequence[Said]:
         """What the workers say: the first token as soon as it is here, later ones in turn."""
         self._require_time()
         try:
-            return await self._within(inbox.get(is_urgent=not self._emitted), None)
+            return await self._within(self._inbox.get(is_urgent=not self._emitted), None)
         except TimeoutError:
             raise DeadlinePassed(self.phase.name.lower()) from None
 

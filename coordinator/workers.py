@@ -15,7 +15,7 @@ import grpc
 import structlog
 
 from coordinator import convert
-from coordinator.convert import Lost, News, Work
+from coordinator.convert import Lost, Moved, News, Work
 from coordinator.registry import Member
 from coordinator.router import Placement
 from kvrelay.config import TlsFiles
@@ -38,9 +38,10 @@ Answer = prefill_pb2.PrefillResponse | decode_pb2.DecodeResponse
 
 
 class Link(Protocol):
-    """What a session needs of a worker: to send one instruction and to be called back."""
+    """What a session needs of a worker: to send an instruction and to be called back."""
 
     def open(self, key: AttemptKey, inbox: Inbox, instruction: Any) -> None: ...
+    def send(self, instruction: Any) -> None: ...
     def close(self, key: AttemptKey, instruction: Any | None) -> None: ...
 
 
@@ -69,21 +70,27 @@ class WorkerLink:
         self._on_open = on_open
         self._on_end = on_end
         self._inboxes: dict[AttemptKey, Inbox] = {}
-        # Holds at most one submit and one cancel per admitted request.
+        # Holds at most what is said of each admitted request's attempts: a submit and a cancel,
+        # and as much again if it moves.
         self._outbox: asyncio.Queue[Any] = asyncio.Queue()
         self._ended: ServingError | None = None
 
     def open(self, key: AttemptKey, inbox: Inbox, instruction: Any) -> None:
-        """Send a submit and deliver what comes back for `key` to `inbox`.
+        """Send a submit and deliver what comes back for `key` to `inbox`, after this has returned.
 
-        If the stream has ended already, `inbox` hears so at once.
+        If the stream has ended already, `inbox` hears so.
         """
         assert key not in self._inboxes
         if self._ended is not None:
-            inbox(Lost(error=self._ended, worker_id=self._identity.worker_id))
+            _soon(inbox, self._lost(key, self._ended))
             return
         self._inboxes[key] = inbox
         self._outbox.put_nowait(instruction)
+
+    def send(self, instruction: Any) -> None:
+        """Send what has no answer of its own. Nothing comes of it once the stream has ended."""
+        if self._ended is None:
+            self._outbox.put_nowait(instruction)
 
     def close(self, key: AttemptKey, instruction: Any | None) -> None:
         """Stop listening for `key`; send the cancel, if one is given and it was open."""
@@ -130,6 +137,8 @@ class WorkerLink:
             for output in answer.outputs:
                 key = (output.request_id, output.attempt)
                 self._tell(key, convert.output_from_wire(output))
+            for moved in answer.moved:
+                self._say_goodbye((moved.request_id, moved.attempt))
         for failed in answer.failed:
             key = (failed.request_id, failed.attempt)
             self._tell(key, convert.lost_from_wire(failed, self._identity.worker_id))
@@ -140,6 +149,15 @@ class WorkerLink:
             self._on_stale()
         else:
             inbox(news)
+
+    def _say_goodbye(self, key: AttemptKey) -> None:
+        """An attempt moved on; whoever heard so from its new worker listens here no more."""
+        inbox = self._inboxes.pop(key, None)
+        if inbox is not None:
+            inbox(Moved(attempt=key[1]))
+
+    def _lost(self, key: AttemptKey, error: ServingError) -> Lost:
+        return Lost(attempt=key[1], error=error, worker_id=self._identity.worker_id)
 
     def end(self, error: ServingError) -> None:
         """Tell everybody who listens. Safe to repeat; the first error stands."""
@@ -156,8 +174,8 @@ class WorkerLink:
                 num_attempts=len(inboxes),
                 error=str(error),
             )
-        for inbox in inboxes.values():
-            inbox(Lost(error=error, worker_id=self._identity.worker_id))
+        for key, inbox in inboxes.items():
+            inbox(self._lost(key, error))
 
 
 class Workers:
@@ -203,6 +221,7 @@ class Workers:
         attempt = Attempt(
             work,
             prefill=self._link(placement.prefill) if placement.prefill else None,
+            running=self._link(placement.running) if placement.running else None,
             decode=self._link(placement.decode),
         )
         attempt.start(placement, inbox)
@@ -221,30 +240,49 @@ class _NoLink:
 
     def open(self, key: AttemptKey, inbox: Inbox, instruction: Any) -> None:
         error = PeerUnavailable(f"{self._worker_id} left the pool")
-        inbox(Lost(error=error, worker_id=self._worker_id))
+        _soon(inbox, Lost(attempt=key[1], error=error, worker_id=self._worker_id))
+
+    def send(self, instruction: Any) -> None:
+        pass
 
     def close(self, key: AttemptKey, instruction: Any | None) -> None:
         pass
 
 
+def _soon(inbox: Inbox, news: News) -> None:
+    """Who is just telling a worker something does not hear of it in the midst of that."""
+    asyncio.get_running_loop().call_soon(inbox, news)
+
+
 class Attempt:
     """One placement of one request, from the submits to the cancels."""
 
-    def __init__(self, work: Work, *, prefill: Link | None, decode: Link) -> None:
+    def __init__(
+        self, work: Work, *, prefill: Link | None, running: Link | None, decode: Link
+    ) -> None:
         self._work = work
         self._key = (work.request_id, work.attempt)
         self._prefill = prefill
+        self._running = running
         self._decode = decode
 
     def start(self, placement: Placement, inbox: Inbox) -> None:
+        puller_id = placement.decode.worker_id
         if self._prefill is not None:
-            puller_id = placement.decode.worker_id
             self._prefill.open(self._key, inbox, convert.prefill_submit(self._work, puller_id))
+        if self._running is not None:
+            self._running.send(convert.hand_over(self._work, puller_id))
         self._decode.open(self._key, inbox, convert.decode_submit(self._work, placement))
 
+    def took_over(self) -> None:
+        """It goes on where it was to move to; there is nothing left to call off where it ran."""
+        self._running = None
+
     def close(self, *, decode_is_over: bool) -> None:
-        """Stop listening, and have both sides forget whatever they still do."""
+        """Stop listening, and have all sides forget whatever they still do."""
         if self._prefill is not None:
             self._prefill.close(self._key, convert.prefill_cancel(self._work))
+        if self._running is not None:
+            self._running.send(convert.cancel_hand_over(self._work))
         cancel = None if decode_is_over else convert.decode_cancel(self._work)
         self._decode.close(self._key, cancel)

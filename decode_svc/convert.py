@@ -3,14 +3,35 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from decode_svc.intake import Announcement, Completion, Opened, SourceBlock, SourceRun
+from decode_svc.intake import (
+    Announcement,
+    Completion,
+    DigestRun,
+    Opened,
+    SourceBlock,
+    SourceRun,
+)
 from kvrelay.engine.request import EngineRequest, Origin
 from kvrelay.errors import InvalidRequest, KvCorrupt, ServingError
 from kvrelay.rpc import convert, submit
 from kvrelay.rpc.session import Attempt
 from kvrelay.transfer.base import RemoteHold
-from kvrelay.types import BlockId, Fingerprint, FinishReason
+from kvrelay.transfer.digest import DigestKind
+from kvrelay.transfer.wire_choice import WireDtype
+from kvrelay.types import Fingerprint, FinishReason
 from kvrelay.v1 import common_pb2, decode_pb2, handoff_pb2
+
+
+MOVE_SLACK_TOKENS = 256
+"""A sequence that moves may generate so many more tokens before its blocks are here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Puller:
+    """Who we are to holders."""
+
+    worker_id: str
+    epoch: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,12 +41,24 @@ class Submit:
     attempt: Attempt
     request: EngineRequest
     source: RemoteHold | None
+    is_running: bool
+    """Whether its source generates, and comes with the KV of generated tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandOver:
+    """An attempt of ours that another decode worker shall go on with."""
+
+    attempt: Attempt
+    handoff_id: str
+    puller_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoffCost:
     """Where the time between the holder's first token and ours went."""
 
+    grant_wait_s: float
     transfer_s: float
     verify_s: float
     release_s: float
@@ -48,7 +81,8 @@ class PrefillCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What one attempt has to say: tokens from `position` on, how they ended, or a failure."""
+    """What one attempt has to say: tokens from `position` on, and how they ended: by themselves,
+    badly, or with another worker."""
 
     attempt: Attempt
     position: int = 0
@@ -56,6 +90,8 @@ class Outcome:
     finish: FinishReason | None = None
     cost: HandoffCost | PrefillCost | None = None
     failure: ServingError | None = None
+    num_moved_outputs: int | None = None
+    """Tokens generated when it moved away."""
 
 
 def submit_from_wire(
@@ -74,6 +110,11 @@ def submit_from_wire(
             "emitted_token_ids", f"{len(output_ids)} tokens, max_tokens is {stop.max_tokens}"
         )
     source = _source_from_wire(message.pull) if message.HasField("pull") else None
+    is_running = source is not None and message.pull.is_running
+    if is_running and not output_ids:
+        raise InvalidRequest("emitted_token_ids", "empty, but its source generates")
+    most_slots = len(prompt_ids) + stop.max_tokens - 1
+    landing_tokens = min(len(prompt_ids) + len(output_ids) + MOVE_SLACK_TOKENS, most_slots)
     request = EngineRequest(
         seq_id=attempt.seq_id,
         prompt_ids=prompt_ids,
@@ -82,8 +123,19 @@ def submit_from_wire(
         stop=stop,
         origin=Origin.COMPUTE if source is None else Origin.LAND,
         cache_salt=submit.salt_from_wire(message.cache_salt),
+        landing_tokens=landing_tokens if is_running else 0,
     )
-    return Submit(attempt=attempt, request=request, source=source)
+    return Submit(attempt=attempt, request=request, source=source, is_running=is_running)
+
+
+def hand_over_from_wire(attempt: Attempt, message: decode_pb2.HandOver) -> HandOver:
+    if not message.puller_id:
+        raise InvalidRequest("hand_over.puller_id", "empty")
+    return HandOver(
+        attempt=attempt,
+        handoff_id=submit.id_from_wire("hand_over.handoff_id", message.handoff_id),
+        puller_id=message.puller_id,
+    )
 
 
 def _source_from_wire(pull: decode_pb2.PullSource) -> RemoteHold:
@@ -96,6 +148,10 @@ def _source_from_wire(pull: decode_pb2.PullSource) -> RemoteHold:
         epoch=pull.epoch,
         address=pull.address,
         offer=convert.offer_from_wire(pull.offer),
+        other_offers=tuple(
+            convert.offer_from_wire(offer) for offer in pull.other_offers[: convert.MAX_OFFERS]
+        ),
+        ticket=pull.ticket,
     )
 
 
@@ -107,6 +163,15 @@ def outcomes_to_wire(
         outputs=[_output_to_wire(o) for o in outcomes if o.token_ids],
         failed=[
             convert.failed_to_wire(o.attempt, o.failure) for o in outcomes if o.failure is not None
+        ],
+        moved=[
+            decode_pb2.MovedAttempt(
+                request_id=o.attempt.request_id,
+                attempt=o.attempt.number,
+                num_outputs=o.num_moved_outputs,
+            )
+            for o in outcomes
+            if o.num_moved_outputs is not None
         ],
     )
 
@@ -126,6 +191,7 @@ def _output_to_wire(outcome: Outcome) -> decode_pb2.SequenceOutput:
 
 def _handoff_to_wire(cost: HandoffCost) -> decode_pb2.HandoffTiming:
     return decode_pb2.HandoffTiming(
+        grant_wait_s=cost.grant_wait_s,
         transfer_s=cost.transfer_s,
         verify_s=cost.verify_s,
         release_s=cost.release_s,
@@ -147,23 +213,46 @@ def _prefill_to_wire(cost: PrefillCost) -> decode_pb2.PrefillTiming:
 
 
 def pull_to_wire(
-    source: RemoteHold, *, puller_id: str, fingerprint: Fingerprint
+    source: RemoteHold,
+    puller: Puller,
+    *,
+    fingerprint: Fingerprint,
+    wire_dtype: WireDtype,
+    digest_kind: DigestKind,
+    limit_tokens: int,
 ) -> handoff_pb2.PullRequest:
     return handoff_pb2.PullRequest(
         handoff_id=source.handoff_id,
-        puller_id=puller_id,
+        puller_id=puller.worker_id,
+        puller_epoch=puller.epoch,
         epoch=source.epoch,
+        ticket=source.ticket,
         fingerprint=convert.fingerprint_to_wire(fingerprint),
+        wire_dtype=wire_dtype,
+        digest_kind=digest_kind.value,
+        limit_tokens=limit_tokens,
+    )
+
+
+def freeze_to_wire(source: RemoteHold, puller: Puller) -> handoff_pb2.FreezeRequest:
+    return handoff_pb2.FreezeRequest(
+        handoff_id=source.handoff_id,
+        puller_id=puller.worker_id,
+        puller_epoch=puller.epoch,
+        epoch=source.epoch,
+        ticket=source.ticket,
     )
 
 
 def release_to_wire(
-    source: RemoteHold, *, puller_id: str, generations: Sequence[int]
+    source: RemoteHold, puller: Puller, *, generations: Sequence[int]
 ) -> handoff_pb2.ReleaseRequest:
     return handoff_pb2.ReleaseRequest(
         handoff_id=source.handoff_id,
-        puller_id=puller_id,
+        puller_id=puller.worker_id,
+        puller_epoch=puller.epoch,
         epoch=source.epoch,
+        ticket=source.ticket,
         generations=generations,
     )
 
@@ -174,18 +263,23 @@ def announcement_from_wire(
     """Raises KvCorrupt if it makes no sense."""
     match message.WhichOneof("event"):
         case "opened":
-            return Opened(message.opened.num_tokens, message.opened.num_blocks)
+            opened = message.opened
+            try:
+                layout = convert.layout_from_wire(opened.wire_layout)
+            except InvalidRequest as error:
+                raise KvCorrupt(f"handoff of an unknown form: {error}") from error
+            return Opened(opened.num_tokens, opened.num_blocks, layout, opened.is_running)
         case "blocks":
             run = message.blocks
-            blocks = (
-                SourceBlock(BlockId(block.block_id), block.generation, block.digest)
-                for block in run.blocks
-            )
+            blocks = (SourceBlock(block.offset_bytes, block.generation) for block in run.blocks)
             return SourceRun(run.first_index, tuple(blocks))
+        case "digests":
+            return DigestRun(message.digests.first_index, tuple(message.digests.digests))
         case "complete":
             last = message.complete
-            if last.first_token_id >= bounds.vocab_size:
-                raise KvCorrupt(f"first token is outside [0, {bounds.vocab_size})")
-            return Completion(last.first_token_id, last.num_tokens, last.digest)
+            output_ids = tuple(last.output_token_ids)
+            if not all(token_id < bounds.vocab_size for token_id in output_ids):
+                raise KvCorrupt(f"a generated token is outside [0, {bounds.vocab_size})")
+            return Completion(output_ids, last.num_tokens, last.digest)
         case _:
             raise KvCorrupt("announcement of an unknown kind")

@@ -1,9 +1,13 @@
-"""Brings a held prompt's KV here: tells `Intake` what happened and carries out what follows.
+"""Brings held KV here: tells `Intake` what happened and carries out what follows.
 
     1. open `Pull` at the holder; the engine is asked for blocks once there are bytes for them
-    2. fetch what is announced, batch by batch, while the holder computes on; digest each batch
-    3. when the holder has completed: check what binds the bytes to the prompt, `Release`
-    4. only after its OK may the sequence join
+    2. fetch what is announced, batch by batch, while the holder computes on; measure each batch
+       while the next is fetched. Bytes that come in another form than we keep are put into our
+       blocks by the same hand that measured them
+    3. a running sequence is frozen when all it had so far is here, so that little is left
+    4. when the last byte is here, ask for `Release`: the fence says whether the holder's blocks
+       kept their content until then. Meanwhile the last digests are compared
+    5. only after both may the sequence join
 
 On any failure, cancellation included, the blocks go back to the engine after the
 transport has stopped writing, which its `pull` promises once it has returned or raised.
@@ -11,24 +15,26 @@ transport has stopped writing, which its `pull` promises once it has returned or
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 
 import structlog
 
+from decode_svc.area import LandingArea
 from decode_svc.convert import HandoffCost
 from decode_svc.holder import HolderClient
-from decode_svc.intake import Intake, IntakeState
+from decode_svc.intake import Expected, Intake, IntakeState
 from kvrelay.clock import Clock
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import EngineRequest, Granted
-from kvrelay.errors import KvCorrupt, KvPoolExhausted, ServingError
+from kvrelay.errors import HandoffLost, KvCorrupt, KvPoolExhausted, QuiescenceLost, ServingError
+from kvrelay.handoff.forms import unpacking_for
 from kvrelay.kv.cache import KvCache
 from kvrelay.obs.metrics import WorkerMetrics
-from kvrelay.transfer.base import BlockCopy, KvTransport, RemoteHold
+from kvrelay.transfer.base import BlockCopy, KvTransport, PullStats, RemoteHold
 from kvrelay.transfer.build import transport_for
-from kvrelay.transfer.digest import block_digests, handoff_digest
-from kvrelay.types import BlockId
+from kvrelay.transfer.digest import DigestKind, handoff_digest, range_digests
+from kvrelay.transfer.speeds import LinkSpeeds
 
 log = structlog.get_logger(__name__)
 
@@ -41,27 +47,56 @@ class LandingLimits:
     """Most bytes fetched between two looks at what else has been announced."""
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where KV is, and whether it is that of a sequence that runs there."""
+
+    hold: RemoteHold
+    is_running: bool
+
+
 @dataclass(slots=True, eq=False)
 class _Landing:
     """One handoff under way."""
 
     request: EngineRequest
-    source: RemoteHold
+    source: Source
+    transport: KvTransport
     intake: Intake
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     listener: "asyncio.Task[None] | None" = None
     """Hears the holder; it ends by itself when the hold does, or something went wrong."""
 
+    measuring: "set[asyncio.Task[None]]" = field(default_factory=set)
     is_submitted: bool = False
     """Whether the engine knows the sequence, so that somebody must release it."""
 
+    is_freezing: bool = False
     num_cached_tokens: int = 0
-    completed_s: float = 0.0
+    first_announced_s: float | None = None
+    granted_s: float | None = None
+    announced_s: float | None = None
+    """When nothing was left to be announced."""
+
     landed_s: float = 0.0
-    num_overlapped: int = 0
-    """Blocks that had landed when the holder completed."""
+    num_overlapped_bytes: int = 0
+    """Landed before the last announcement."""
 
     pull_s: float = 0.0
+
+    @property
+    def hold(self) -> RemoteHold:
+        return self.source.hold
+
+    @property
+    def is_waiting_for_blocks(self) -> bool:
+        return self.is_submitted and self.granted_s is None
+
+    @property
+    def grant_wait_s(self) -> float:
+        if self.first_announced_s is None or self.granted_s is None:
+            return 0.0
+        return max(0.0, self.granted_s - self.first_announced_s)
 
     @property
     def lost(self) -> BaseException | None:
@@ -78,9 +113,14 @@ class _Landing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Landed:
-    """KV in place: the first token that came with it, and what it cost."""
+    """KV in place: the tokens that came with it, and what it cost."""
 
-    first_token_id: int
+    output_ids: tuple[int, ...]
+    """All that the holder had generated."""
+
+    num_tokens: int
+    """Whose KV is here."""
+
     cost: HandoffCost
 
 
@@ -92,17 +132,21 @@ class Lander:
         *,
         engine: Engine,
         cache: KvCache,
+        area: LandingArea,
         transports: Sequence[KvTransport],
         holders: HolderClient,
         limits: LandingLimits,
+        speeds: LinkSpeeds,
         metrics: WorkerMetrics,
         clock: Clock,
     ) -> None:
         self._engine = engine
         self._cache = cache
+        self._area = area
         self._transports = transports
         self._holders = holders
         self._limits = limits
+        self._speeds = speeds
         self._metrics = metrics
         self._clock = clock
         self._landings: dict[str, _Landing] = {}  # by seq_id
@@ -111,63 +155,80 @@ class Lander:
     def num_landing(self) -> int:
         return len(self._landings)
 
+    @property
+    def num_waiting_for_blocks(self) -> int:
+        """Landings that have bytes to fetch and no room for them."""
+        return sum(landing.is_waiting_for_blocks for landing in self._landings.values())
+
     def granted(self, grant: Granted) -> None:
         """The engine gave blocks. Grants for landings that were given up are ignored."""
         landing = self._landings.get(grant.seq_id)
         if landing is not None:
             landing.intake.granted(grant)
-            landing.num_cached_tokens = grant.num_cached_blocks * self._cache.layout.block_size
+            landing.granted_s = self._clock.now()
+            landing.num_cached_tokens = landing.intake.first_token
+            self._metrics.grant_wait.observe(landing.grant_wait_s)
             landing.changed.set()
 
     async def land(
-        self, request: EngineRequest, source: RemoteHold, on_landed: Callable[[Landed], None]
+        self, request: EngineRequest, source: Source, on_landed: Callable[[Landed], None]
     ) -> None:
         """Bring the KV of `request` here and let its sequence join.
 
         `on_landed` is called just before the join; from then on the sequence is the
         engine's, and whoever cancels it releases it there. If it was not called, then on
-        any exception, cancellation included, the engine has the blocks back.
+        any exception but `QuiescenceLost`, cancellation included, the engine has the blocks back.
 
         Raises:
             HandoffLost: the holder no longer has it, or its hold lapsed meanwhile.
-            KvCorrupt: what landed is not what was announced, or is of another prompt.
+            KvCorrupt: what landed is not what was announced, or is of another request.
             PeerUnavailable: the holder could not be reached or went away.
-            Incompatible: there is no transport for this source, or fingerprints differ.
+            Incompatible: there is no transport for this source, or the workers cannot be paired.
             QueueFull, KvPoolExhausted: see `Engine.submit`.
+            QuiescenceLost: something may still write to the blocks; the process must end.
         """
-        transport = transport_for(self._transports, source.offer)
+        transport, hold = transport_for(self._transports, source.hold)
+        source = replace(source, hold=hold)
         self._require_fits(request)
-        landing = self._landings[request.seq_id] = self._begin(request, source)
+        landing = self._landings[request.seq_id] = self._begin(request, source, transport)
+        is_quiet = True
         try:
             async with self._listening(landing):
-                await self._fetch(landing, transport)
-                landed = await self._release(landing, transport.name)
+                landed = await self._bring(landing)
                 # Nothing is awaited from the holder's word to the join.
                 on_landed(landed)
-                self._engine.join(request.seq_id, (landed.first_token_id,))
+                self._engine.join(request.seq_id, landed.output_ids, landed.num_tokens)
                 landing.intake.joined()
         except KvCorrupt as error:
             if landing.lost not in (None, error):
                 raise landing.lost from error  # it lapsed: the bytes may well be another's
             self._metrics.kv_corrupt.inc()
             raise
+        except QuiescenceLost:
+            is_quiet = False
+            raise
         finally:
             del self._landings[request.seq_id]
             if landing.intake.state is not IntakeState.JOINED:
                 landing.intake.failed()
-                if landing.is_submitted:
+                if landing.is_submitted and is_quiet:
                     self._engine.release(request.seq_id)
 
-    def _begin(self, request: EngineRequest, source: RemoteHold) -> _Landing:
-        layout = self._cache.layout
-        num_tokens = len(request.prompt_ids)
-        intake = Intake(
-            source.handoff_id,
-            num_tokens=num_tokens,
-            num_blocks=layout.num_blocks_for(num_tokens),
-            max_batch=max(1, self._limits.batch_num_bytes // layout.block_num_bytes),
+    def _begin(self, request: EngineRequest, source: Source, transport: KvTransport) -> _Landing:
+        expected = Expected(
+            num_prompt=len(request.prompt_ids),
+            emitted_ids=request.output_ids,
+            is_running=source.is_running,
+            limit_tokens=request.landing_tokens,
+            layout=self._cache.layout,
+            wire_dtype=self._holders.wire_dtype(is_running=source.is_running),
         )
-        return _Landing(request, source, intake)
+        intake = Intake(
+            source.hold.handoff_id,
+            expected,
+            max_batch_bytes=min(self._limits.batch_num_bytes, self._area.num_bytes // 2),
+        )
+        return _Landing(request, source, transport, intake)
 
     def _require_fits(self, request: EngineRequest) -> None:
         """Refuse at once what the engine would refuse when the first bytes are ready."""
@@ -175,6 +236,8 @@ class Lander:
         wanted = self._cache.layout.num_blocks_for(num_tokens)
         if wanted > self._cache.num_blocks:
             raise KvPoolExhausted(wanted_blocks=wanted, free_blocks=self._cache.num_blocks)
+
+    # The holder
 
     @asynccontextmanager
     async def _listening(self, landing: _Landing) -> AsyncIterator[None]:
@@ -191,106 +254,262 @@ class Lander:
                 landing.require_holder()
 
     async def _listen(self, landing: _Landing) -> None:
-        async with aclosing(self._holders.announcements(landing.source)) as announcements:
+        announcements = self._holders.announcements(
+            landing.hold,
+            digest_kind=_digest_kind(landing.transport),
+            is_running=landing.source.is_running,
+            limit_tokens=landing.request.landing_tokens,
+        )
+        async with aclosing(announcements):
             async for announcement in announcements:
                 landing.intake.heard(announcement)
-                self._note_completion(landing)
+                self._note(landing)
                 landing.changed.set()
         landing.intake.require_complete()
 
-    def _note_completion(self, landing: _Landing) -> None:
-        if landing.intake.completion is not None:
-            landing.completed_s = self._clock.now()
-            landing.num_overlapped = landing.intake.num_landed
-
-    async def _fetch(self, landing: _Landing, transport: KvTransport) -> None:
-        """Until every block has landed and every byte is verified."""
+    def _note(self, landing: _Landing) -> None:
         intake = landing.intake
-        while intake.state is not IntakeState.VERIFYING:
+        if landing.first_announced_s is None and intake.announced:
+            landing.first_announced_s = self._clock.now()
+        if landing.announced_s is None and intake.is_announced:
+            landing.announced_s = self._clock.now()
+            landing.num_overlapped_bytes = intake.num_landed_bytes
+
+    # The bytes
+
+    async def _bring(self, landing: _Landing) -> Landed:
+        """Until every byte is here, verified and behind the fence."""
+        try:
+            await self._fetch(landing)
+            asked_s = self._clock.now()
+            releasing = asyncio.create_task(
+                self._holders.release(landing.hold, landing.intake.generations)
+            )
+            try:
+                verified_s = await self._verified(landing, releasing)
+                await releasing
+            finally:
+                releasing.cancel()
+                await asyncio.gather(releasing, return_exceptions=True)
+        finally:
+            await _over(landing.measuring)
+        return self._landed(landing, asked_s=asked_s, verified_s=verified_s)
+
+    async def _fetch(self, landing: _Landing) -> None:
+        """Until every block has landed."""
+        intake = landing.intake
+        while intake.state not in (IntakeState.LANDED, IntakeState.VERIFIED):
             landing.changed.clear()
             landing.require_holder()
+            self._require_measured(landing)
             if intake.wants_grant and not landing.is_submitted:
                 self._engine.submit(landing.request)
                 landing.is_submitted = True
-            if batch := intake.next_batch():
-                await self._fetch_batch(landing, transport, batch)
+            if intake.has_batch:
+                await self._fetch_batch(landing)
+            elif self._is_time_to_freeze(landing):
+                landing.is_freezing = True
+                await self._holders.freeze(landing.hold)
             else:
                 await landing.changed.wait()
-        landing.landed_s = max(landing.landed_s, landing.completed_s)
-        intake.verify_handoff(self._handoff_digest(landing))
+        landing.landed_s = max(landing.landed_s, landing.announced_s or 0.0)
 
-    async def _fetch_batch(
-        self, landing: _Landing, transport: KvTransport, batch: Sequence[BlockCopy]
+    def _is_time_to_freeze(self, landing: _Landing) -> bool:
+        intake = landing.intake
+        return (
+            landing.source.is_running
+            and not landing.is_freezing
+            and intake.state is IntakeState.GRANTED
+        )
+
+    async def _fetch_batch(self, landing: _Landing) -> None:
+        """Fetch what is announced, and have it measured while the next batch is fetched."""
+        if len(landing.measuring) > 1:
+            await asyncio.wait(landing.measuring, return_when=asyncio.FIRST_COMPLETED)
+        intake = landing.intake
+        batch = intake.next_batch()
+        async with AsyncExitStack() as held:
+            copies = await self._copies(landing, batch, held)
+            stats = await self._pull(landing, copies, held)
+            intake.landed(batch)
+            landing.landed_s = self._clock.now()
+            landing.pull_s += stats.elapsed_s
+            self._metrics.observe_pull(num_bytes=stats.num_bytes, elapsed_s=stats.elapsed_s)
+            self._speeds.observe(
+                landing.hold.worker_id,
+                landing.transport.name,
+                num_bytes=stats.num_bytes,
+                elapsed_s=stats.elapsed_s,
+                now_s=landing.landed_s,
+            )
+            measuring = asyncio.create_task(self._measure(landing, batch, copies, held.pop_all()))
+        landing.measuring.add(measuring)
+        measuring.add_done_callback(lambda _: landing.changed.set())
+
+    async def _pull(
+        self, landing: _Landing, copies: Sequence[BlockCopy], held: AsyncExitStack
+    ) -> PullStats:
+        try:
+            return await landing.transport.pull(landing.hold, copies)
+        except QuiescenceLost:
+            held.pop_all()  # nobody else may have that memory again
+            raise
+
+    async def _copies(
+        self, landing: _Landing, batch: Sequence[int], held: AsyncExitStack
+    ) -> list[BlockCopy]:
+        """Where each block goes: to ours if it comes as we keep it, else to the landing area."""
+        intake = landing.intake
+        num_bytes = intake.wire_layout.block_num_bytes
+        if intake.is_as_kept:
+            targets = [intake.block_table[index] * num_bytes for index in batch]
+        else:
+            start = await held.enter_async_context(self._area.part(len(batch) * num_bytes))
+            targets = [start + i * num_bytes for i in range(len(batch))]
+        return [
+            BlockCopy(
+                index=index,
+                source_offset=intake.announced[index].offset_bytes,
+                target_offset=target,
+                num_bytes=num_bytes,
+            )
+            for index, target in zip(batch, targets, strict=True)
+        ]
+
+    async def _measure(
+        self,
+        landing: _Landing,
+        batch: Sequence[int],
+        copies: Sequence[BlockCopy],
+        held: AsyncExitStack,
     ) -> None:
-        stats = await transport.pull(landing.source, batch)
-        self._metrics.observe_pull(num_bytes=stats.num_bytes, elapsed_s=stats.elapsed_s)
-        landing.pull_s += stats.elapsed_s
-        landing.intake.landed(batch)
-        landing.landed_s = self._clock.now()
-        digests = await _taken_in(self._cache, [copy.target for copy in batch])
-        landing.intake.verify(batch, digests)
+        async with held:
+            digests = await asyncio.to_thread(self._take_in, landing, batch, copies)
+        landing.intake.measured(batch, digests)
 
-    async def _release(self, landing: _Landing, transport: str) -> Landed:
-        """The fence. Bytes that landed before it are usable only after it."""
-        intake, source = landing.intake, landing.source
-        verified_s = self._clock.now()
-        await self._holders.release(source, intake.generations)
-        block_num_bytes = self._cache.layout.block_num_bytes
+    def _take_in(
+        self, landing: _Landing, batch: Sequence[int], copies: Sequence[BlockCopy]
+    ) -> list[int]:
+        """Digests of what has landed, and the blocks where they are computed with. For a thread.
+
+        Nobody computes with what the digests do not verify.
+        """
+        cache, intake = self._cache, landing.intake
+        ranges = [(copy.target_offset, copy.num_bytes) for copy in copies]
+        digests = range_digests(cache, ranges, _digest_kind(landing.transport))
+        own, its = cache.layout, intake.wire_layout
+        first = max(intake.first_token, batch[0] * its.block_size)
+        end = min(intake.num_tokens, (batch[-1] + 1) * its.block_size)
+        blocks = intake.block_table[first // own.block_size : own.num_blocks_for(end)]
+        if not intake.is_as_kept:
+            unpack = unpacking_for(_digest_kind(landing.transport))
+            unpack(
+                cache,
+                its,
+                [copy.target_offset for copy in copies],
+                first_wire_index=batch[0],
+                block_table=intake.block_table,
+                first_token=first,
+                end_token=end,
+            )
+        if landing.transport.lands_on == "host":
+            cache.landed(blocks)
+        return digests
+
+    def _require_measured(self, landing: _Landing) -> None:
+        """Raises what a measurement has found wrong so far."""
+        for task in [task for task in landing.measuring if task.done()]:
+            landing.measuring.discard(task)
+            task.result()
+
+    # The end
+
+    async def _verified(self, landing: _Landing, releasing: "asyncio.Task[None]") -> float:
+        """Wait until all that landed is what was announced, for our request; when it was.
+
+        Bytes of a hold that lapsed may be another's: then that is what happened to them.
+        """
+        try:
+            while landing.intake.state is not IntakeState.VERIFIED:
+                landing.changed.clear()
+                landing.require_holder()
+                self._require_measured(landing)
+                if self._is_measured(landing):
+                    landing.intake.verify_handoff(self._handoff_digest(landing))
+                else:
+                    await landing.changed.wait()
+        except KvCorrupt:
+            with suppress(ServingError):
+                await releasing
+            if releasing.done() and isinstance(releasing.exception(), HandoffLost):
+                await releasing
+            raise
+        return self._clock.now()
+
+    def _is_measured(self, landing: _Landing) -> bool:
+        return landing.intake.completion is not None and not landing.measuring
+
+    def _landed(self, landing: _Landing, *, asked_s: float, verified_s: float) -> Landed:
+        intake = landing.intake
+        assert intake.completion is not None
+        assert landing.announced_s is not None
         cost = HandoffCost(
-            transfer_s=landing.landed_s - landing.completed_s,
-            verify_s=verified_s - landing.landed_s,
-            release_s=self._clock.now() - verified_s,
-            num_bytes=intake.num_landed * block_num_bytes,
-            overlapped_num_bytes=landing.num_overlapped * block_num_bytes,
-            transport=transport,
+            grant_wait_s=landing.grant_wait_s,
+            transfer_s=landing.landed_s - landing.announced_s,
+            verify_s=max(0.0, verified_s - landing.landed_s),
+            release_s=self._clock.now() - max(asked_s, verified_s),
+            num_bytes=intake.num_landed_bytes,
+            overlapped_num_bytes=landing.num_overlapped_bytes,
+            transport=landing.transport.name,
             cached_prompt_tokens=landing.num_cached_tokens,
         )
-        assert intake.completion is not None
         log.info(
             "handoff.landed",
-            handoff_id=source.handoff_id,
+            handoff_id=landing.hold.handoff_id,
             num_blocks=intake.num_landed,
             num_bytes=cost.num_bytes,
             overlapped_num_bytes=cost.overlapped_num_bytes,
-            transport=transport,
+            transport=cost.transport,
+            wire=intake.wire_layout.dtype,
             pull_s=round(landing.pull_s, 6),
         )
-        return Landed(first_token_id=intake.completion.first_token_id, cost=cost)
+        return Landed(
+            output_ids=intake.completion.output_ids,
+            num_tokens=intake.completion.num_tokens,
+            cost=cost,
+        )
 
     def _handoff_digest(self, landing: _Landing) -> bytes:
-        """What the holder must have said if it computed our prompt. Its blocks' digests are
+        """What the holder must have said if it computed our request. Its blocks' digests are
         those it announced; blocks that we had cached are our own, and were not moved.
         """
         completion = landing.intake.completion
         assert completion is not None
         return handoff_digest(
-            handoff_id=landing.source.handoff_id,
-            num_tokens=len(landing.request.prompt_ids),
-            first_token_id=completion.first_token_id,
+            handoff_id=landing.hold.handoff_id,
+            num_tokens=completion.num_tokens,
             prompt_ids=landing.request.prompt_ids,
+            output_ids=completion.output_ids,
             block_digests=landing.intake.digests,
         )
 
 
-def _take_in(cache: KvCache, blocks: Sequence[BlockId]) -> list[int]:
-    """Digests of blocks that have landed, and the blocks where they are computed with.
+def _digest_kind(transport: KvTransport) -> DigestKind:
+    return DigestKind.XXH3 if transport.lands_on == "host" else DigestKind.LANES64
 
-    As with the pull itself: nobody computes with what the digests do not verify.
+
+async def _over(tasks: "set[asyncio.Task[None]]") -> None:
+    """Wait until all have ended, cancelled or not: their threads write to blocks that the caller
+    may free.
     """
-    digests = block_digests(cache, blocks)
-    cache.landed(blocks)
-    return digests
-
-
-async def _taken_in(cache: KvCache, blocks: Sequence[BlockId]) -> list[int]:
-    """As `_take_in`, in a thread, and over on return, cancelled or not: the thread writes to
-    blocks that the caller may free.
-    """
-    taking = asyncio.create_task(asyncio.to_thread(_take_in, cache, blocks))
-    try:
-        return await asyncio.shield(taking)
-    except asyncio.CancelledError:
-        while not taking.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([taking])
-        raise
+    was_cancelled = False
+    while any(not task.done() for task in tasks):
+        try:
+            await asyncio.wait(tasks)
+        except asyncio.CancelledError:
+            was_cancelled = True
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # seen: whoever waits here has one of its own
+    if was_cancelled:
+        raise asyncio.CancelledError

@@ -2,9 +2,10 @@
 
     1. a submit goes to the engine, or first to the lander if its KV is held elsewhere
     2. each step's tokens are told at once, with the first of them what came before them
-    3. a cancel, or the end of the session, takes everything back
+    3. a running attempt that is to move is held for another worker, while it runs on
+    4. a cancel, or the end of the session, takes everything back
 
-An attempt lives here until it has finished, failed or been cancelled.
+An attempt lives here until it has finished, failed, moved or been cancelled.
 """
 
 import asyncio
@@ -19,15 +20,31 @@ import structlog
 
 from decode_svc import convert
 from decode_svc.convert import HandoffCost, Outcome, PrefillCost
-from decode_svc.landing import Landed, Lander
+from decode_svc.landing import Landed, Lander, Source
+from kvrelay.clock import Clock
 from kvrelay.engine.engine import Engine
-from kvrelay.engine.request import Emitted, EngineRequest, SequenceTiming, StepResult
-from kvrelay.errors import Cancelled, InvalidRequest, QueueFull, ServingError
+from kvrelay.engine.request import (
+    ChunkDone,
+    Emitted,
+    EngineRequest,
+    SequenceTiming,
+    StepResult,
+)
+from kvrelay.errors import (
+    Cancelled,
+    InvalidRequest,
+    NotFound,
+    QueueFull,
+    QuiescenceLost,
+    ServingError,
+)
+from kvrelay.handoff.holds import Hold, HoldState
+from kvrelay.handoff.keeper import HoldKeeper
 from kvrelay.rpc.convert import header_to_wire
 from kvrelay.rpc.session import Attempt, Session
 from kvrelay.rpc.sessions import Sessions
 from kvrelay.rpc.submit import ModelBounds
-from kvrelay.transfer.base import RemoteHold
+from kvrelay.transfer.speeds import LinkSpeeds
 from kvrelay.types import WorkerLoad
 from kvrelay.v1 import decode_pb2 as pb
 from kvrelay.v1 import decode_pb2_grpc as pb_grpc
@@ -41,14 +58,18 @@ class _Live:
 
     attempt: Attempt
     session: Session[Outcome]
+    prompt_ids: tuple[int, ...]
     landing: asyncio.Task[None] | None = None
     """Brings its KV here. None once it has joined, or if it computes its prompt itself."""
 
     landed: Landed | None = None
     """What came by handoff and has not been told yet."""
 
-    is_repeating_first: bool = False
-    """Whether the holder's first token is to be told again before our own."""
+    num_told: int = 0
+    """Generated tokens that the caller had when the attempt was submitted."""
+
+    hold: Hold | None = None
+    """Of another worker that shall go on with it."""
 
 
 class DecodeServicer(pb_grpc.DecodeServiceServicer):
@@ -63,7 +84,10 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         engine: Engine,
         lander: Lander,
         bounds: ModelBounds,
+        keeper: HoldKeeper,
         max_landings: int,
+        speeds: LinkSpeeds,
+        clock: Clock,
         on_failure: Callable[[BaseException], None],
         worker_id: str,
         epoch: str,
@@ -71,14 +95,21 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         self._engine = engine
         self._lander = lander
         self._bounds = bounds
+        self._keeper = keeper
         self._max_landings = max_landings
+        self._speeds = speeds
+        self._clock = clock
         self._on_failure = on_failure
         self._header = header_to_wire(worker_id, epoch)
         self._live: dict[str, _Live] = {}  # by seq_id
         self._landings: set[asyncio.Task[None]] = set()
         self._num_landed = 0
         self._sessions: Sessions[Outcome, pb.DecodeSubmit] = Sessions(
-            start=self._start, cancel=self._cancel, failed=_failed, merge=_merged
+            start=self._start,
+            cancel=self._cancel,
+            others={"hand_over": self._hand_over, "cancel_hand_over": self._cancel_hand_over},
+            failed=_failed,
+            merge=_merged,
         )
 
     async def Decode(
@@ -99,12 +130,23 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
             self._lander.granted(grant)
         for emitted in result.emitted:
             self._tell(emitted, timings.get(emitted.seq_id))
+        for chunk in result.chunks:
+            self._advance(chunk)
+        for frozen in result.frozen:
+            self._advance(frozen.done)
+            if (hold := self._hold_of(frozen.done.seq_id)) is not None:
+                self._keeper.complete(hold, frozen.output_ids)
+        for seq_id in result.withdrawn:
+            if (hold := self._hold_of(seq_id)) is not None:
+                self._keeper.lapse(hold)
 
     def load(self) -> WorkerLoad:
         """How this worker is now."""
         return self._engine.load().worker_load(
             handoff_holds=self._lander.num_landing,
             handoffs_total=self._num_landed,
+            waiting_handoffs=self._lander.num_waiting_for_blocks,
+            links=self._speeds.speeds(self._clock.now()),
             is_draining=self._sessions.is_draining,
         )
 
@@ -120,13 +162,14 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         submit = convert.submit_from_wire(attempt, message, self._bounds)
         if attempt.seq_id in self._live:
             raise InvalidRequest("attempt", f"{attempt.number} was submitted before")
-        live = _Live(attempt, session)
+        live = _Live(attempt, session, submit.request.prompt_ids)
         if submit.source is None:
             self._engine.submit(submit.request)
         else:
             self._require_room()
-            live.is_repeating_first = not submit.request.output_ids
-            live.landing = asyncio.create_task(self._land(live, submit.request, submit.source))
+            live.num_told = len(submit.request.output_ids)
+            source = Source(submit.source, submit.is_running)
+            live.landing = asyncio.create_task(self._land(live, submit.request, source))
             self._landings.add(live.landing)
             live.landing.add_done_callback(self._landing_done)
         self._live[attempt.seq_id] = live
@@ -136,17 +179,19 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         if queued >= limit:
             raise QueueFull(what="handoffs", queued=queued, limit=limit)
 
-    async def _land(self, live: _Live, request: EngineRequest, source: RemoteHold) -> None:
+    async def _land(self, live: _Live, request: EngineRequest, source: Source) -> None:
         try:
             await self._lander.land(request, source, partial(self._landed, live))
+        except QuiescenceLost:
+            raise  # nobody knows what is still written: see `_landing_done`
         except ServingError as error:
             self._fail(live, error)
 
     def _landing_done(self, task: "asyncio.Task[None]") -> None:
         self._landings.discard(task)
         error = None if task.cancelled() else task.exception()
-        if error is not None:  # not a ServingError: our bug, and nobody knows what landed
-            log.critical("landing.bug", exc_info=error)
+        if error is not None:  # a copy that may not be over, or our bug: crash-only
+            log.critical("landing.unsafe", exc_info=error)
             self._on_failure(error)
 
     def _landed(self, live: _Live, landed: Landed) -> None:
@@ -173,14 +218,70 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
             self._engine.release(attempt.seq_id)
         self._end(live)
 
+    # Moving away
+
+    def _hand_over(self, session: Session[Outcome], attempt: Attempt, message: pb.HandOver) -> None:
+        """Hold a running attempt for another worker. One that does not run leaves nothing to
+        pull: its puller then finds no hold, and the attempt goes on here.
+        """
+        order = convert.hand_over_from_wire(attempt, message)
+        live = self._live.get(attempt.seq_id)
+        if live is None or live.session is not session or live.hold is not None:
+            return
+        try:
+            done = self._engine.offer(attempt.seq_id)
+        except NotFound as error:
+            log.info("handoff.not_offered", reason=str(error))
+            return
+        live.hold = self._keeper.begin(
+            order.handoff_id,
+            puller_id=order.puller_id,
+            seq_id=attempt.seq_id,
+            prompt_ids=live.prompt_ids,
+            on_end=partial(self._hold_ended, live),
+            is_running=True,
+        )
+        self._keeper.advance(live.hold, done)
+
+    def _cancel_hand_over(
+        self, session: Session[Outcome], attempt: Attempt, message: pb.CancelHandOver
+    ) -> None:
+        live = self._live.get(attempt.seq_id)
+        if live is None or live.session is not session or live.hold is None:
+            return
+        if live.hold.handoff_id == message.handoff_id:
+            self._keeper.lapse(live.hold)
+
+    def _hold_ended(self, live: _Live, state: HoldState) -> None:
+        hold, live.hold = live.hold, None
+        assert hold is not None
+        if state is HoldState.RELEASED:
+            moved = Outcome(attempt=live.attempt, num_moved_outputs=len(hold.output_ids))
+            live.session.outbox.put(live.attempt, moved)
+            self._engine.release(live.attempt.seq_id)
+            self._end(live)
+        elif state is HoldState.LAPSED:
+            self._engine.resume(live.attempt.seq_id)
+
+    def _hold_of(self, seq_id: str) -> Hold | None:
+        live = self._live.get(seq_id)
+        return None if live is None else live.hold
+
+    def _advance(self, chunk: ChunkDone) -> None:
+        if (hold := self._hold_of(chunk.seq_id)) is not None:
+            self._keeper.advance(hold, chunk)
+
+    # Outcomes
+
     def _tell(self, emitted: Emitted, timing: SequenceTiming | None) -> None:
         live = self._live.get(emitted.seq_id)
         if live is None:
             return
         position, token_ids = emitted.position, emitted.token_ids
-        if live.is_repeating_first and live.landed is not None:
-            live.is_repeating_first = False
-            position, token_ids = 0, (live.landed.first_token_id, *token_ids)
+        if live.landed is not None:
+            # What the holder generated and the caller may not have: it may be lost since then.
+            untold = live.landed.output_ids[live.num_told :]
+            position, token_ids = position - len(untold), (*untold, *token_ids)
         outcome = Outcome(
             attempt=live.attempt,
             position=position,
@@ -195,6 +296,8 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
 
     def _end(self, live: _Live) -> None:
         del self._live[live.attempt.seq_id]
+        if live.hold is not None:
+            self._keeper.finish(live.hold)
         self._sessions.end(live.session, live.attempt)
 
 
@@ -219,7 +322,8 @@ def _cost(landed: Landed | None, timing: SequenceTiming | None) -> HandoffCost |
 
 def _merged(before: Outcome, after: Outcome) -> Outcome:
     """Two things an attempt has to say, as one."""
-    assert before.position + len(before.token_ids) == after.position or after.failure is not None
+    is_last_word = after.failure is not None or after.num_moved_outputs is not None
+    assert before.position + len(before.token_ids) == after.position or is_last_word
     return Outcome(
         attempt=before.attempt,
         position=before.position,
@@ -227,4 +331,5 @@ def _merged(before: Outcome, after: Outcome) -> Outcome:
         finish=after.finish,
         cost=before.cost or after.cost,
         failure=after.failure,
+        num_moved_outputs=after.num_moved_outputs,
     )

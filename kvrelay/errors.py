@@ -10,6 +10,7 @@
   x Draining            this process takes no new work
   x HandoffLost         the prefilled KV is gone; prefill again
   x KvCorrupt           bytes arrived wrong; never decode from them, prefill again
+  x QuiescenceLost      nobody knows whether a copy is over; the process ends
   x Incompatible        the two sides do not serve the same thing; never pair them
   x DeadlinePassed      the caller's own limit; no work follows
   x Cancelled           the caller's own choice
@@ -115,6 +116,13 @@ class KvCorrupt(ServingError):
     """What landed is not what the holder announced."""
 
     reason = "KV_CORRUPT"
+    retryable = True
+
+
+class QuiescenceLost(ServingError):
+    """A copy may still be writing, and nobody can tell; the process must end."""
+
+    reason = "QUIESCENCE_LOST"
     retryable = True
 
 

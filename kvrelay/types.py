@@ -1,6 +1,7 @@
 """The values every part speaks of: who a worker is, what it serves, what a request asks for."""
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
@@ -9,7 +10,7 @@ from kvrelay.kv.layout import KvLayout
 
 BlockId = NewType("BlockId", int)
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Grows when P, D and coordinator of different versions could misunderstand each other."""
 
 
@@ -65,9 +66,14 @@ class StopParams:
         return FinishReason.LENGTH if num_output >= self.max_tokens else None
 
 
+_KV_PART = re.compile(r"-kv-[a-z0-9]+|-[0-9a-f]{8}$")
+"""What the KV's dtype does to a name of numerics: a part of its own, and other bits of the rows
+whose digest may end the name."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """What must be equal for two workers to finish each other's requests token-exactly."""
+    """What a worker serves and how. Equal ones finish each other's requests token-exactly."""
 
     model_digest: str
     """Hex digest over weights, config and tokenizer files."""
@@ -82,12 +88,25 @@ class Fingerprint:
     def digest(self) -> str:
         return hashlib.blake2b(repr(self).encode(), digest_size=16).hexdigest()
 
-    def differences(self, other: "Fingerprint") -> dict[str, str]:
-        """Field by field, `ours != theirs`; empty if the two may be paired."""
+    def cannot_pair(self, other: "Fingerprint") -> dict[str, str]:
+        """Field by field, `ours != theirs`, what keeps two workers from sharing KV; empty if
+        nothing does.
+
+        Block size and KV dtype may differ, since KV travels in a form that both can read; only
+        float32, which is for checking, stays among itself. With the dtype, tokens come to depend
+        on who served.
+        """
+        ours, theirs = self.layout, other.layout
+        names = (self.numerics, other.numerics)
+        dtypes = (ours.dtype, theirs.dtype)
+        is_one_dtype = ours.dtype == theirs.dtype
         pairs = {
             "model_digest": (self.model_digest, other.model_digest),
-            "numerics": (self.numerics, other.numerics),
-            "layout": (self.layout, other.layout),
+            "numerics": names if is_one_dtype else tuple(_KV_PART.sub("", n) for n in names),
+            "dtype": dtypes if "float32" in dtypes else ("", ""),
+            "num_layers": (ours.num_layers, theirs.num_layers),
+            "num_kv_heads": (ours.num_kv_heads, theirs.num_kv_heads),
+            "head_dim": (ours.head_dim, theirs.head_dim),
             "protocol_version": (self.protocol_version, other.protocol_version),
         }
         return {name: f"{a} != {b}" for name, (a, b) in pairs.items() if a != b}
@@ -131,6 +150,15 @@ class WorkerIdentity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSpeed:
+    """How fast KV came lately from one worker by one transport, as its puller measured."""
+
+    holder_id: str
+    transport: str
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLoad:
     """What a worker said of itself last. All counts are gauges unless named `_total`."""
 
@@ -158,3 +186,9 @@ class WorkerLoad:
 
     preemptions_total: int = 0
     is_draining: bool = False
+    waiting_handoffs: int = 0
+    """P: holds whose puller has taken nothing of what is ready. D: handoffs that have bytes to
+    fetch and wait for blocks."""
+
+    links: tuple[LinkSpeed, ...] = ()
+    """Of pulls to this worker."""

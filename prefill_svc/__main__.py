@@ -8,15 +8,12 @@ import sys
 
 from kvrelay.rpc.server import RpcServer, Service
 from kvrelay.types import Role
-from kvrelay.v1 import handoff_pb2, handoff_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from kvrelay.v1 import prefill_pb2, prefill_pb2_grpc
 from kvrelay.worker import life
+from kvrelay.worker.handoffs import handoff_service, keeping
 from kvrelay.worker.parts import Name, worker_parts
 from prefill_svc.config import PrefillConfig
-from prefill_svc.holds import HoldLimits
-from prefill_svc.keeper import HoldKeeper
-from prefill_svc.service import HandoffServicer, PrefillServicer
-
-MAX_REMEMBERED_HOLDS = 4096
+from prefill_svc.service import PrefillServicer
 
 
 def main() -> None:
@@ -25,46 +22,30 @@ def main() -> None:
 
 
 async def _serve(config: PrefillConfig, name: Name) -> None:
-    names = {"worker_id": name.worker_id, "epoch": name.epoch}
     async with worker_parts(config, name) as parts:
-        keeper = HoldKeeper(
-            engine=parts.engine,
-            cache=parts.model.cache,
-            limits=HoldLimits(
-                hold_s=config.hold_s,
-                unclaimed_hold_s=config.unclaimed_hold_s,
-                max_expected=config.max_expected_pulls,
-                max_remembered=MAX_REMEMBERED_HOLDS,
-            ),
-            metrics=parts.metrics,
-            clock=parts.clock,
-        )
-        service = PrefillServicer(
-            engine=parts.engine, keeper=keeper, bounds=parts.model.bounds, **names
-        )
-        parts.bridge.connect(service.take_step)
-        handoffs = HandoffServicer(keeper, fingerprint=parts.model.fingerprint, **names)
-        server = RpcServer(
-            listen=config.listen,
-            tls=config.tls,
-            insecure=config.insecure,
-            services=[
-                Service(
-                    prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
-                    service,
-                    prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name,
-                ),
-                Service(
-                    handoff_pb2_grpc.add_HandoffServiceServicer_to_server,
-                    handoffs,
-                    handoff_pb2.DESCRIPTOR.services_by_name["HandoffService"].full_name,
-                ),
-            ],
-        )
-        try:
+        with keeping(parts) as keeper:
+            service = PrefillServicer(
+                engine=parts.engine,
+                keeper=keeper,
+                bounds=parts.model.bounds,
+                worker_id=name.worker_id,
+                epoch=name.epoch,
+            )
+            parts.bridge.connect(service.take_step)
+            server = RpcServer(
+                listen=config.listen,
+                tls=config.tls,
+                insecure=config.insecure,
+                services=[
+                    Service(
+                        prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
+                        service,
+                        prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name,
+                    ),
+                    handoff_service(parts, keeper),
+                ],
+            )
             await life.serve(parts, service, server)
-        finally:
-            keeper.close()
 
 
 if __name__ == "__main__":

@@ -4,14 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvrelay.engine.request import EngineRequest, Goal
-from kvrelay.errors import Incompatible, InvalidRequest, ServingError
+from kvrelay.errors import InvalidRequest, ServingError
 from kvrelay.rpc import convert, submit
 from kvrelay.rpc.session import Attempt
-from kvrelay.types import Fingerprint, FinishReason
-from kvrelay.v1 import common_pb2, handoff_pb2, prefill_pb2
-from prefill_svc.keeper import Announcement, BlockRun, Completed, Frame, Opened
-
-MAX_READ_INDEXES = 4096
+from kvrelay.types import FinishReason
+from kvrelay.v1 import common_pb2, prefill_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,28 +55,10 @@ def submit_from_wire(
     )
     return Submit(
         attempt=attempt,
-        handoff_id=handoff_id_from_wire(message.handoff_id),
+        handoff_id=submit.id_from_wire("handoff_id", message.handoff_id),
         puller_id=message.puller_id,
         request=request,
     )
-
-
-def handoff_id_from_wire(handoff_id: str) -> str:
-    return submit.id_from_wire("handoff_id", handoff_id)
-
-
-def indexes_from_wire(indexes: Sequence[int]) -> Sequence[int]:
-    if len(indexes) > MAX_READ_INDEXES:
-        raise InvalidRequest("indexes", f"{len(indexes)}, at most {MAX_READ_INDEXES}")
-    return indexes
-
-
-def require_fingerprint(theirs: common_pb2.Fingerprint, ours: Fingerprint) -> None:
-    """Raises Incompatible, naming what differs."""
-    differences = ours.differences(convert.fingerprint_from_wire(theirs))
-    if differences:
-        listed = ", ".join(f"{name}: {values}" for name, values in differences.items())
-        raise Incompatible(f"fingerprints differ ({listed})", **differences)
 
 
 def outcomes_to_wire(
@@ -103,35 +82,4 @@ def _prefilled_to_wire(outcome: Outcome) -> prefill_pb2.Prefilled:
         queue_s=outcome.queue_s,
         prefill_s=outcome.prefill_s,
         cached_prompt_tokens=outcome.cached_prompt_tokens,
-    )
-
-
-def announcement_to_wire(event: Announcement) -> handoff_pb2.PullResponse:
-    match event:
-        case Opened():
-            opened = handoff_pb2.PullOpened(
-                num_tokens=event.num_tokens, num_blocks=event.num_blocks
-            )
-            return handoff_pb2.PullResponse(opened=opened)
-        case BlockRun():
-            blocks = [
-                handoff_pb2.HeldBlock(
-                    block_id=block.block_id, generation=block.generation, digest=block.digest
-                )
-                for block in event.blocks
-            ]
-            run = handoff_pb2.PullBlocks(first_index=event.first_index, blocks=blocks)
-            return handoff_pb2.PullResponse(blocks=run)
-        case Completed():
-            complete = handoff_pb2.PullComplete(
-                first_token_id=event.first_token_id,
-                num_tokens=event.num_tokens,
-                digest=event.digest,
-            )
-            return handoff_pb2.PullResponse(complete=complete)
-
-
-def frame_to_wire(frame: Frame) -> handoff_pb2.ReadResponse:
-    return handoff_pb2.ReadResponse(
-        index=frame.index, offset_bytes=frame.offset_bytes, data=frame.data
     )

@@ -1,4 +1,4 @@
-"""The sessions of coordinators with a prefill worker, and the handoffs to decode workers.
+"""The sessions of coordinators with a prefill worker.
 
     1. a submit goes to the engine, and a hold begins under its handoff_id
     2. each step's chunks advance holds; a first token completes its hold and is told at once
@@ -17,19 +17,18 @@ import grpc
 
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import ChunkDone, Emitted, SequenceTiming, StepResult
-from kvrelay.errors import Incompatible, InvalidRequest, ServingError
+from kvrelay.errors import InvalidRequest, ServingError
+from kvrelay.handoff.holds import Hold, HoldState
+from kvrelay.handoff.keeper import HoldKeeper
 from kvrelay.rpc.convert import header_to_wire
 from kvrelay.rpc.session import Attempt, Session
 from kvrelay.rpc.sessions import Sessions
 from kvrelay.rpc.submit import ModelBounds
-from kvrelay.types import Fingerprint, WorkerLoad
-from kvrelay.v1 import handoff_pb2, handoff_pb2_grpc
+from kvrelay.types import WorkerLoad
 from kvrelay.v1 import prefill_pb2 as pb
 from kvrelay.v1 import prefill_pb2_grpc as pb_grpc
 from prefill_svc import convert
 from prefill_svc.convert import Outcome
-from prefill_svc.holds import Hold
-from prefill_svc.keeper import HoldKeeper
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -86,6 +85,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         return self._engine.load().worker_load(
             handoff_holds=holds.num_waiting_for_release,
             handoffs_total=holds.num_released,
+            waiting_handoffs=holds.num_waiting_for_release,
             is_draining=self._sessions.is_draining,
         )
 
@@ -141,58 +141,16 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         )
         live.session.outbox.put(live.attempt, outcome)
         if emitted.finish is None:
-            self._keeper.complete(live.hold, token_id)
+            self._keeper.complete(live.hold, (token_id,))
         else:
             self._keeper.finish(live.hold)
 
-    def _end(self, seq_id: str) -> None:
-        """The keeper says that nothing is held any more."""
+    def _end(self, seq_id: str, state: HoldState) -> None:
+        """The keeper says that nothing is held any more, however that came."""
+        del state
+        self._engine.release(seq_id)
         live = self._live.pop(seq_id)
         self._sessions.end(live.session, live.attempt)
-
-
-class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
-    """Hands held KV to the worker it is held for: the wire side of `keeper`; decides nothing."""
-
-    def __init__(
-        self, keeper: HoldKeeper, *, worker_id: str, epoch: str, fingerprint: Fingerprint
-    ) -> None:
-        self._keeper = keeper
-        self._header = header_to_wire(worker_id, epoch)
-        self._fingerprint = fingerprint
-
-    async def Pull(
-        self, request: handoff_pb2.PullRequest, context: Context
-    ) -> AsyncIterator[handoff_pb2.PullResponse]:
-        """See `HandoffService.Pull` in protos/kvrelay/v1/handoff.proto."""
-        self._require_epoch(request.epoch)
-        convert.require_fingerprint(request.fingerprint, self._fingerprint)
-        handoff_id = convert.handoff_id_from_wire(request.handoff_id)
-        async with aclosing(self._keeper.announcements(handoff_id, request.puller_id)) as events:
-            async for event in events:
-                yield convert.announcement_to_wire(event)
-
-    async def Read(
-        self, request: handoff_pb2.ReadRequest, context: Context
-    ) -> AsyncIterator[handoff_pb2.ReadResponse]:
-        """See `HandoffService.Read` in protos/kvrelay/v1/handoff.proto."""
-        self._require_epoch(request.epoch)
-        indexes = convert.indexes_from_wire(request.indexes)
-        for frame in self._keeper.frames(request.handoff_id, request.puller_id, indexes):
-            yield convert.frame_to_wire(frame)
-
-    async def Release(
-        self, request: handoff_pb2.ReleaseRequest, context: Context
-    ) -> handoff_pb2.ReleaseResponse:
-        """See `HandoffService.Release` in protos/kvrelay/v1/handoff.proto."""
-        self._require_epoch(request.epoch)
-        self._keeper.release(request.handoff_id, request.puller_id, request.generations)
-        return handoff_pb2.ReleaseResponse(header=self._header)
-
-    def _require_epoch(self, epoch: str) -> None:
-        ours = self._header.epoch
-        if epoch != ours:
-            raise Incompatible(f"epoch {epoch[:64]} is not ours, {ours}", epoch=ours)
 
 
 def _failed(attempt: Attempt, failure: ServingError) -> Outcome:

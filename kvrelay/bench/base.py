@@ -3,7 +3,7 @@
 Pure. Instants are seconds since the start of a run, all by one monotonic clock.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -27,12 +27,28 @@ class Arrived:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Handoff:
+    """What a server says of one prompt whose KV was handed over."""
+
+    tax_s: float | None
+    """None if there were too few tokens to tell."""
+
+    stages: Mapping[str, float]
+    """Parts of the gap between the first two tokens, in seconds."""
+
+    transport: str
+    num_bytes: int
+    overlapped_num_bytes: int
+    """Of these, bytes that landed before the prefill ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
     """The answer is whole. None means that the server did not say."""
 
     output_tokens: int | None
     cached_prompt_tokens: int | None = None
-    handoff_tax_s: float | None = None
+    handoff: Handoff | None = None
     attempts: int = 1
 
 
@@ -88,7 +104,7 @@ class Record:
 
     output_tokens: int = 0
     cached_prompt_tokens: int | None = None
-    handoff_tax_s: float | None = None
+    handoff: Handoff | None = None
     attempts: int = 1
     error: str = ""
     """Why it failed; empty if it did not."""
@@ -113,6 +129,21 @@ class Record:
         return self.token_at_s[1] - self.token_at_s[0] if len(self.token_at_s) > 1 else None
 
     @property
+    def handoff_tax_s(self) -> float | None:
+        """What the handoff added to the gap between the first two tokens, as the server saw it."""
+        return self.handoff.tax_s if self.handoff is not None else None
+
+    @property
+    def handoff_tax_of_ttft(self) -> float | None:
+        """The same as a share of the time to the first token."""
+        return _ratio(self.handoff_tax_s, self.ttft_s)
+
+    @property
+    def handoff_tax_steps(self) -> float | None:
+        """The same in decode steps, each as long as a token took on average."""
+        return _ratio(self.handoff_tax_s, self.tpot_s)
+
+    @property
     def max_stall_s(self) -> float | None:
         """The longest gap after the second token."""
         return max(self.gaps_s[1:], default=None)
@@ -127,3 +158,7 @@ class Record:
     def e2e_s(self) -> float:
         """To the end of the stream."""
         return self.ended_s - self.scheduled_s
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None

@@ -123,7 +123,7 @@ class Driver:
             token_at_s=tuple(token_at_s),
             output_tokens=len(token_at_s) if told is None else told,
             cached_prompt_tokens=ended.cached_prompt_tokens,
-            handoff_tax_s=ended.handoff_tax_s,
+            handoff=ended.handoff,
             attempts=ended.attempts,
             error=error,
         )

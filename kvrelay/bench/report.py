@@ -4,13 +4,13 @@ Pure. Words are rows of text for any kind of table; JSON holds every number that
 and no prompt.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from kvrelay.bench.base import Record, Served
 from kvrelay.bench.plan import Plan, Run
-from kvrelay.bench.stats import Summary, Targets, Totals
+from kvrelay.bench.stats import Handoffs, Summary, Targets, Totals
 
 FORMAT = 1
 """Grows when a reader of older JSON would misunderstand newer."""
@@ -28,6 +28,8 @@ _LABELS = {
     "ttft_s": "TTFT",
     "gap1_s": "gap 1",
     "handoff_tax_s": "handoff tax",
+    "handoff_tax_of_ttft": "  of TTFT",
+    "handoff_tax_steps": "  in steps",
     "itl_s": "ITL",
     "tpot_s": "TPOT",
     "max_stall_s": "max stall",
@@ -35,6 +37,14 @@ _LABELS = {
 }
 
 Row = tuple[str, ...]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}"
 
 
 def duration(seconds: float) -> str:
@@ -48,14 +58,21 @@ def duration(seconds: float) -> str:
     return f"{ms:.1f} ms" if abs(ms) >= 9.995 else f"{ms:.2f} ms"
 
 
+_SHOWN_AS = {"handoff_tax_of_ttft": _percent, "handoff_tax_steps": _number}
+"""Measures that are no durations."""
+
+
 def rows(totals: Totals) -> list[Row]:
     """The distributions of one run, a measure each, under `HEADINGS`."""
-    found = ((label, totals.measures[name]) for name, label in _LABELS.items())
-    return [(label, *_numbers(summary)) for label, summary in found if summary is not None]
+    return [
+        (label, *_numbers(summary, _SHOWN_AS.get(name, duration)))
+        for name, label in _LABELS.items()
+        if (summary := totals.measures[name]) is not None
+    ]
 
 
-def _numbers(summary: Summary) -> Row:
-    return tuple(duration(v) for v in (summary.p50, summary.p90, summary.p99, summary.max))
+def _numbers(summary: Summary, shown: Callable[[float], str]) -> Row:
+    return tuple(shown(v) for v in (summary.p50, summary.p90, summary.p99, summary.max))
 
 
 def title(run: Run, plan: Plan) -> str:
@@ -82,7 +99,21 @@ def facts(run: Run, targets: Targets) -> list[str]:
         f"{totals.prompt_tokens_per_s:.1f} prompt tokens/s{cached}",
         f"goodput {totals.goodput_per_s:.2f} requests/s: {totals.attainment:.0%} met "
         f"{targets_text(targets)}",
+        *_handoff_facts(totals.handoffs),
         _generator(run),
+    ]
+
+
+def _handoff_facts(handoffs: Handoffs | None) -> list[str]:
+    if handoffs is None:
+        return []
+    ways = ", ".join(f"{name} {count}" for name, count in handoffs.by_transport.items())
+    share = handoffs.overlapped_share
+    early = "" if share is None else f", {share:.0%} of it while prefilling"
+    stages = ", ".join(f"{name} {duration(s.p50)}" for name, s in handoffs.stages.items())
+    return [
+        f"handoffs by transport: {ways}; {handoffs.num_bytes / 1e6:.1f} MB of KV moved{early}",
+        f"gap 1 by stage, p50: {stages}",
     ]
 
 
@@ -205,5 +236,10 @@ def _run_json(run: Run) -> dict[str, Any]:
 
 
 def _record_json(record: Record) -> dict[str, Any]:
-    derived = ("ttft_s", "gap1_s", "tpot_s", "max_stall_s", "e2e_s")
-    return asdict(record) | {name: getattr(record, name) for name in derived}
+    return asdict(record) | {name: getattr(record, name) for name in _DERIVED}
+
+
+_DERIVED = (
+    *("ttft_s", "gap1_s", "tpot_s", "max_stall_s", "e2e_s"),
+    *("handoff_tax_s", "handoff_tax_of_ttft", "handoff_tax_steps"),
+)

@@ -53,8 +53,20 @@ def _ended(finished: Finished) -> Ended:
     return Ended(
         output_tokens=finished.usage.completion_tokens,
         cached_prompt_tokens=finished.usage.cached_prompt_tokens,
-        handoff_tax_s=finished.ledger.handoff_tax_s,
+        handoff=_handoff(finished.ledger),
         attempts=finished.ledger.attempts,
+    )
+
+
+def _handoff(ledger: Ledger) -> Handoff | None:
+    if not ledger.transport:
+        return None
+    return Handoff(
+        tax_s=ledger.handoff_tax_s,
+        stages=ledger.gap1_stages,
+        transport=ledger.transport,
+        num_bytes=ledger.handoff_num_bytes,
+        overlapped_num_bytes=ledger.overlapped_num_bytes,
     )
 
 

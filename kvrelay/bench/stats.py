@@ -69,8 +69,27 @@ class Totals:
     """Of all requests, the share that met both targets."""
 
     measures: Mapping[str, Summary | None]
-    """By name: `ttft_s`, `gap1_s`, `handoff_tax_s`, `itl_s`, `tpot_s`, `max_stall_s`, `e2e_s`,
-    and `lag_s`, the generator's own delay. None where nothing was measured."""
+    """By name: `ttft_s`, `gap1_s`, `handoff_tax_s`, `handoff_tax_of_ttft`, `handoff_tax_steps`,
+    `itl_s`, `tpot_s`, `max_stall_s`, `e2e_s`, and `lag_s`, the generator's own delay. None where
+    nothing was measured."""
+
+    handoffs: "Handoffs | None"
+    """None if the server told of none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handoffs:
+    """Prompts whose KV was handed over, of finished requests."""
+
+    by_transport: Mapping[str, int]
+    """Most frequent first."""
+
+    num_bytes: int
+    overlapped_share: float | None
+    """Of the bytes, those that had landed when the prefill ended; None if none moved."""
+
+    stages: Mapping[str, Summary]
+    """Parts of the gap between the first two tokens, in their order."""
 
 
 def percentile(ascending: Sequence[float], share: float) -> float:
@@ -99,6 +118,8 @@ _PER_REQUEST: Mapping[str, Callable[[Record], float | None]] = {
     "ttft_s": lambda record: record.ttft_s,
     "gap1_s": lambda record: record.gap1_s,
     "handoff_tax_s": lambda record: record.handoff_tax_s,
+    "handoff_tax_of_ttft": lambda record: record.handoff_tax_of_ttft,
+    "handoff_tax_steps": lambda record: record.handoff_tax_steps,
     "tpot_s": lambda record: record.tpot_s,
     "max_stall_s": lambda record: record.max_stall_s,
     "e2e_s": lambda record: record.e2e_s,
@@ -128,6 +149,23 @@ def total(records: Sequence[Record], targets: Targets, *, is_open_loop: bool) ->
         goodput_per_s=_per_s(num_good, wall_s),
         attainment=num_good / len(records),
         measures=measures,
+        handoffs=_handoffs(finished),
+    )
+
+
+def _handoffs(finished: Sequence[Record]) -> Handoffs | None:
+    found = [record.handoff for record in finished if record.handoff is not None]
+    if not found:
+        return None
+    num_bytes = sum(handoff.num_bytes for handoff in found)
+    overlapped = sum(handoff.overlapped_num_bytes for handoff in found)
+    names = dict.fromkeys(chain.from_iterable(handoff.stages for handoff in found))
+    told = {name: [h.stages[name] for h in found if name in h.stages] for name in names}
+    return Handoffs(
+        by_transport=dict(Counter(handoff.transport for handoff in found).most_common()),
+        num_bytes=num_bytes,
+        overlapped_share=overlapped / num_bytes if num_bytes else None,
+        stages={name: s for name, values in told.items() if (s := summarize(values))},
     )
 
 

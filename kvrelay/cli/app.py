@@ -15,6 +15,7 @@ import typer
 
 from kvrelay.cli.target import DEFAULT, Target, Tls, checked
 from kvrelay.store.catalog import SMOLLM2_135M_INSTRUCT
+from kvrelay.transfer.chaos_spec import parse_chaos
 
 MAX_U32 = 2**32 - 1
 MAX_U64 = 2**64 - 1
@@ -108,6 +109,15 @@ def pull(
     command.pull(source, name=name, force=force)
 
 
+def checked_chaos(text: str) -> str:
+    """`text` if it can be; ends the command with a sentence if not."""
+    try:
+        parse_chaos(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
+
 @app.command()
 def up(
     model: Model = DEFAULT_MODEL,
@@ -148,6 +158,14 @@ def up(
     log_dir: Annotated[
         Path | None, typer.Option(help="Where logs go. Default: ~/.cache/kvrelay/logs/...")
     ] = None,
+    chaos: Annotated[
+        str,
+        typer.Option(
+            metavar="FAULT=RATE,...",
+            callback=lambda value: checked_chaos(value) if value else "",
+            help="For developers: handoffs go wrong on purpose, e.g. corrupt=0.05,delay=0.2:50ms.",
+        ),
+    ] = "",
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show the processes' logs on stderr too.")
     ] = False,
@@ -170,6 +188,7 @@ def up(
             block_size=int(block_size.value) if block_size else None,
             num_blocks=num_blocks,
             drain_s=drain_s,
+            chaos=chaos,
         ),
         grpc_port=grpc_port,
         http_port=http_port,

@@ -86,7 +86,8 @@ def _route(ledger: Ledger) -> str:
 
 def pool(pool: Pool, *, is_wide: bool) -> RenderableType:
     """The coordinator and its workers; without `is_wide` what fits 80 columns."""
-    return Group(_coordinator(pool), Text(), _workers(pool, is_wide=is_wide))
+    mixed = [_mixed(pool)] if len(_kv_dtypes(pool)) > 1 else []
+    return Group(_coordinator(pool), *mixed, Text(), _workers(pool, is_wide=is_wide))
 
 
 def _coordinator(pool: Pool) -> Text:
@@ -96,6 +97,16 @@ def _coordinator(pool: Pool) -> Text:
         f"{pool.lost_attempts_total} attempts lost",
         style="green" if pool.is_ready else "yellow",
     )
+
+
+def _kv_dtypes(pool: Pool) -> list[str]:
+    return sorted({member.identity.fingerprint.layout.dtype for member in pool.members})
+
+
+def _mixed(pool: Pool) -> Text:
+    """What the pool promises less for keeping KV in more than one dtype."""
+    dtypes = ", ".join(_kv_dtypes(pool))
+    return Text(f"KV is kept as {dtypes}: tokens depend on which workers serve", style="yellow")
 
 
 def _workers(pool: Pool, *, is_wide: bool) -> Table:
@@ -146,6 +157,7 @@ def pool_json(pool: Pool) -> dict[str, object]:
         "active_requests": pool.active_requests,
         "finished_requests_total": pool.finished_requests_total,
         "lost_attempts_total": pool.lost_attempts_total,
+        "kv_dtypes": _kv_dtypes(pool),
         "workers": [_member_json(member) for member in pool.members],
     }
 
@@ -168,10 +180,21 @@ def _member_json(member: Member) -> dict[str, object]:
         "running": load.running_sequences,
         "queued_prompt_tokens": load.queued_prompt_tokens,
         "handoff_holds": load.handoff_holds,
+        "waiting_handoffs": load.waiting_handoffs,
         "handoffs_total": load.handoffs_total,
         "preemptions_total": load.preemptions_total,
         "placed_sequences": member.placed_sequences,
         "load_age_ms": member.load_age_ms,
         "draining": load.is_draining,
+        "block_size": who.fingerprint.layout.block_size,
+        "kv_dtype": who.fingerprint.layout.dtype,
         "transports": [offer.name for offer in who.offers],
+        "links": [
+            {
+                "holder_id": link.holder_id,
+                "transport": link.transport,
+                "bytes_per_s": link.bytes_per_s,
+            }
+            for link in load.links
+        ],
     }

@@ -19,13 +19,13 @@ import structlog
 from kvrelay.clock import Clock
 from kvrelay.engine.batch import Runner
 from kvrelay.engine.cores import Presence, Unseen
-from kvrelay.engine.request import EngineRequest, Granted, StepResult
+from kvrelay.engine.request import ChunkDone, EngineRequest, Frozen, Granted, StepResult
 from kvrelay.engine.scheduler import Scheduler, StepPlan
 from kvrelay.engine.sequence import State
 from kvrelay.engine.timing import StepMeter, Stopwatch
 from kvrelay.errors import Draining
 from kvrelay.kv.block_pool import BlockCounts
-from kvrelay.types import BlockId, WorkerLoad
+from kvrelay.types import BlockId, LinkSpeed, WorkerLoad
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +43,13 @@ class EngineLoad:
     preemptions_total: int
 
     def worker_load(
-        self, *, handoff_holds: int, handoffs_total: int, is_draining: bool
+        self,
+        *,
+        handoff_holds: int,
+        handoffs_total: int,
+        waiting_handoffs: int,
+        is_draining: bool,
+        links: tuple[LinkSpeed, ...] = (),
     ) -> WorkerLoad:
         """What a worker tells its pool, given what only its service knows."""
         return WorkerLoad(
@@ -59,6 +65,8 @@ class EngineLoad:
             handoffs_total=handoffs_total,
             preemptions_total=self.preemptions_total,
             is_draining=is_draining,
+            waiting_handoffs=waiting_handoffs,
+            links=links,
         )
 
 
@@ -128,20 +136,43 @@ class Engine:
             self._changed.notify_all()
         self._tell(StepResult(granted=granted))
 
-    def join(self, seq_id: str, first_output_ids: tuple[int, ...]) -> None:
-        """Let a landed sequence run; its prompt's KV is complete and verified.
+    def join(self, seq_id: str, output_ids: tuple[int, ...], num_landed: int) -> None:
+        """Let a landed sequence run; the KV of its first `num_landed` tokens is verified.
 
         Raises:
             NotFound, InvalidRequest: see `Scheduler.join`.
         """
         with self._changed:
-            done = self._scheduler.join(seq_id, first_output_ids)
+            done = self._scheduler.join(seq_id, output_ids, num_landed)
             if done is None:
                 self._stopwatch.queue(seq_id, self._clock.now())
                 self._changed.notify_all()
                 return
             granted = self._finished(seq_id)
         self._tell(StepResult(emitted=(done,), granted=granted))
+
+    def offer(self, seq_id: str) -> ChunkDone:
+        """See `Scheduler.offer`."""
+        with self._changed:
+            return self._scheduler.offer(seq_id)
+
+    def limit(self, seq_id: str, limit_tokens: int) -> None:
+        """See `Scheduler.limit`."""
+        with self._changed:
+            frozen = self._scheduler.limit(seq_id, limit_tokens)
+        self._tell_frozen(frozen)
+
+    def freeze(self, seq_id: str) -> None:
+        """See `Scheduler.freeze`; the sink is told when it is held."""
+        with self._changed:
+            frozen = self._scheduler.freeze(seq_id)
+        self._tell_frozen(frozen)
+
+    def resume(self, seq_id: str) -> None:
+        """See `Scheduler.resume`."""
+        with self._changed:
+            self._scheduler.resume(seq_id)
+            self._changed.notify_all()
 
     def release(self, seq_id: str) -> None:
         """Forget a sequence in whatever state; an unknown one has left before.
@@ -168,10 +199,10 @@ class Engine:
                 preemptions_total=scheduler.num_preemptions,
             )
 
-    def generation(self, block: BlockId) -> int:
-        """See `BlockPool.generation`."""
+    def generations(self, blocks: Sequence[BlockId]) -> list[int]:
+        """See `BlockPool.generation`; of all at one instant."""
         with self._changed:
-            return self._scheduler.pool.generation(block)
+            return [self._scheduler.pool.generation(block) for block in blocks]
 
     @property
     def is_idle(self) -> bool:
@@ -187,7 +218,7 @@ class Engine:
     def _run(self) -> None:
         try:
             while (plan := self._next_plan()) is not None:
-                self._tell(StepResult(granted=plan.granted))
+                self._tell(StepResult(granted=plan.granted, withdrawn=plan.withdrawn))
                 if plan.rows:
                     self._sink(self._compute(plan))
         except BaseException as error:  # crash-only: the worker exits, whatever it was
@@ -201,7 +232,7 @@ class Engine:
         with self._changed:
             while not self._is_stopping:
                 plan = self._scheduler.plan()
-                if plan.rows or plan.granted:
+                if plan.rows or plan.granted or plan.withdrawn:
                     self._presence.busy(bool(plan.rows))
                     return plan
                 self._presence.busy(False)
@@ -231,6 +262,7 @@ class Engine:
         return StepResult(
             emitted=outcome.emitted,
             chunks=outcome.chunks,
+            frozen=outcome.frozen,
             timings=tuple(timing for timing in timings if timing is not None),
         )
 
@@ -239,6 +271,10 @@ class Engine:
         self._stopwatch.forget(seq_id)
         self._changed.notify_all()
         return self._scheduler.grant()
+
+    def _tell_frozen(self, frozen: Frozen | None) -> None:
+        if frozen is not None:
+            self._tell(StepResult(frozen=(frozen,)))
 
     def _tell(self, result: StepResult) -> None:
         if result != StepResult():

@@ -52,6 +52,9 @@ class EngineRequest:
     cache_salt: bytes = b""
     """Sequences share cached blocks only under equal salts."""
 
+    landing_tokens: int = 0
+    """Tokens whose KV may land with `Origin.LAND`, if more than the prompt's."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Emitted:
@@ -67,14 +70,23 @@ class Emitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkDone:
-    """Prompt KV that exists now. Reported for `Goal.HOLD` sequences only."""
+    """KV that exists now. Reported for `Goal.HOLD` sequences, and for those on offer."""
 
     seq_id: str
     num_computed: int
-    """Prompt tokens whose KV is in the cache, from 0."""
+    """Tokens whose KV is in the cache, from 0; of a `Goal.HOLD` sequence prompt tokens only."""
 
     block_table: tuple[BlockId, ...]
-    """All blocks of the prompt, in order; those past `num_computed` are not ready."""
+    """All its blocks, in order; what is past `num_computed` is not ready."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frozen:
+    """A sequence on offer that computes no more until it is released or resumed."""
+
+    done: ChunkDone
+    output_ids: tuple[int, ...]
+    """All of them; the last has no KV yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,5 +121,11 @@ class StepResult:
     emitted: tuple[Emitted, ...] = ()
     chunks: tuple[ChunkDone, ...] = ()
     granted: tuple[Granted, ...] = ()
+    frozen: tuple[Frozen, ...] = ()
+    """After what they emitted in the same result."""
+
+    withdrawn: tuple[str, ...] = ()
+    """Sequences on offer whose KV was given up to make room; they are computed again here."""
+
     timings: tuple[SequenceTiming, ...] = ()
     """Sent once per sequence, with its first emitted token."""

@@ -17,7 +17,15 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from kvrelay.engine.batch import Rows
-from kvrelay.engine.request import ChunkDone, Emitted, EngineRequest, Goal, Granted, Origin
+from kvrelay.engine.request import (
+    ChunkDone,
+    Emitted,
+    EngineRequest,
+    Frozen,
+    Goal,
+    Granted,
+    Origin,
+)
 from kvrelay.engine.sequence import Sequence, State
 from kvrelay.errors import InvalidRequest, KvPoolExhausted, NotFound, QueueFull
 from kvrelay.kv.block_pool import BlockPool
@@ -59,6 +67,8 @@ class StepPlan:
     sequences: tuple[Sequence, ...]
     rows: tuple[Rows, ...]
     granted: tuple[Granted, ...]
+    withdrawn: tuple[str, ...]
+    """Sequences on offer that were preempted for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +77,7 @@ class StepOutcome:
 
     emitted: tuple[Emitted, ...]
     chunks: tuple[ChunkDone, ...]
+    frozen: tuple[Frozen, ...]
 
 
 @dataclass(slots=True)
@@ -76,6 +87,7 @@ class _Draft:
     budget_left: int
     sequences: list[Sequence] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)
+    withdrawn: list[str] = field(default_factory=list)
 
     def add(self, seq: Sequence, limit_tokens: int) -> None:
         rows = seq.next_rows(min(limit_tokens, self.budget_left))
@@ -145,11 +157,11 @@ class Scheduler:
         self._sequences[seq.seq_id] = seq
         self._lines[State.WAITING].append(seq)
 
-    def join(self, seq_id: str, first_output_ids: tuple[int, ...]) -> Emitted | None:
-        """The KV of a landing sequence's prompt is in its blocks: let it run.
+    def join(self, seq_id: str, output_ids: tuple[int, ...], num_landed: int) -> Emitted | None:
+        """The KV of a landing sequence's first `num_landed` tokens is in its blocks: let it run.
 
-        `first_output_ids` seed it unless the request brought outputs of its own. Returns
-        a finish without tokens if those outputs already end it; it is then forgotten.
+        `output_ids` are those its holder knows, and seed it unless the request brought more.
+        Returns a finish without tokens if the outputs already end it; it is then forgotten.
 
         Raises:
             NotFound: no such sequence is landing (any more).
@@ -158,11 +170,13 @@ class Scheduler:
         seq = self._sequences.get(seq_id)
         if seq is None or seq.state is not State.LANDING:
             raise NotFound(f"no sequence {seq_id} is landing", seq_id=seq_id)
-        outputs = seq.output_ids or list(first_output_ids)
+        outputs = max(seq.output_ids, list(output_ids), key=len)
         if not outputs:
-            raise InvalidRequest("first_output_ids", "empty, and the request has no outputs")
+            raise InvalidRequest("output_ids", "empty, and the request has no outputs")
         seq.output_ids = outputs
-        seq.num_computed = len(seq.prompt_ids)
+        assert len(seq.prompt_ids) <= num_landed < seq.num_tokens, (num_landed, seq.num_tokens)
+        assert num_landed <= seq.num_slots, (num_landed, seq.num_slots)
+        seq.num_computed = num_landed
         self._publish(seq)
         finish = seq.request.stop.finish(outputs[-1], len(outputs))
         if finish is None:
@@ -179,11 +193,52 @@ class Scheduler:
         seq = self._sequences.get(seq_id)
         if seq is None or seq.is_released:
             return False
-        if self._in_step is not None and seq in self._in_step.sequences:
+        if self._is_in_step(seq):
             seq.is_released = True
         else:
             self._forget(seq)
         return True
+
+    def offer(self, seq_id: str) -> ChunkDone:
+        """From now on report what a generating sequence computes: it is to move.
+
+        Raises:
+            NotFound: no such sequence generates (now).
+        """
+        seq = self._sequences.get(seq_id)
+        if seq is None or seq.is_released or not seq.can_move:
+            raise NotFound(f"no sequence {seq_id} generates", seq_id=seq_id)
+        seq.is_offered = True
+        return _chunk_done(seq)
+
+    def limit(self, seq_id: str, limit_tokens: int) -> Frozen | None:
+        """Hold a sequence on offer before it has KV for more; 0: no limit. As `freeze`."""
+        seq = self._offered(seq_id)
+        if seq is None:
+            return None
+        seq.limit_tokens = limit_tokens
+        return self._freeze_if_due(seq)
+
+    def freeze(self, seq_id: str) -> Frozen | None:
+        """Hold a sequence on offer: now, or by `commit` if it is in the step being computed.
+
+        None if it is not held now: it will be, or it is on offer no more, or it was before.
+        """
+        seq = self._offered(seq_id)
+        if seq is None:
+            return None
+        seq.is_freezing = True
+        return self._freeze_if_due(seq)
+
+    def resume(self, seq_id: str) -> None:
+        """It does not move after all. Without effect on what is not on offer."""
+        seq = self._offered(seq_id)
+        if seq is None:
+            return
+        seq.is_offered = seq.is_freezing = False
+        seq.limit_tokens = 0
+        if seq.state is State.HELD:
+            self._move(seq, State.RUNNING)
 
     def grant(self) -> tuple[Granted, ...]:
         """Give blocks to landing sequences whose turn it is; possible during a step."""
@@ -201,7 +256,12 @@ class Scheduler:
         self._let_brief_prompts_pass(draft)
         self._continue_prompts(draft)
         granted = self._admit(draft)
-        plan = StepPlan(sequences=tuple(draft.sequences), rows=tuple(draft.rows), granted=granted)
+        plan = StepPlan(
+            sequences=tuple(draft.sequences),
+            rows=tuple(draft.rows),
+            granted=granted,
+            withdrawn=tuple(draft.withdrawn),
+        )
         self._in_step = plan if plan.rows else None
         return plan
 
@@ -211,6 +271,7 @@ class Scheduler:
         assert plan is not None, "no step was planned"
         emitted: list[Emitted] = []
         chunks: list[ChunkDone] = []
+        frozen: list[Frozen] = []
         for seq, rows, token_id in zip(plan.sequences, plan.rows, sampled, strict=True):
             assert (token_id is None) == (rows.sample is None), (rows.start, token_id)
             seq.num_computed += len(rows.token_ids)
@@ -218,11 +279,13 @@ class Scheduler:
             if seq.is_released:
                 self._forget(seq)
                 continue
-            if seq.goal is Goal.HOLD:
+            if seq.goal is Goal.HOLD or seq.is_offered:
                 chunks.append(_chunk_done(seq))
             if token_id is not None:
                 emitted.append(self._accept(seq, token_id))
-        return StepOutcome(emitted=tuple(emitted), chunks=tuple(chunks))
+            if (stopped := self._freeze_if_due(seq)) is not None:
+                frozen.append(stopped)
+        return StepOutcome(emitted=tuple(emitted), chunks=tuple(chunks), frozen=tuple(frozen))
 
     def check(self) -> None:
         """Prove that blocks and sequences agree: every holder is a sequence we know."""
@@ -250,7 +313,7 @@ class Scheduler:
             # A replay may take many rows, but leaves one for everybody after it.
             room = draft.budget_left - (len(generating) - i - 1)
             wanted = min(room, seq.num_tokens - seq.num_computed, self._limits.max_chunk_tokens)
-            count = self._make_slots(seq, wanted)
+            count = self._make_slots(seq, wanted, draft)
             if count:
                 draft.add(seq, count)
 
@@ -286,18 +349,18 @@ class Scheduler:
         num_left = seq.num_tokens_admitted - seq.num_computed
         return num_left <= self._limits.max_chunk_tokens
 
-    def _make_slots(self, seq: Sequence, num_tokens: int) -> int:
+    def _make_slots(self, seq: Sequence, num_tokens: int, draft: _Draft) -> int:
         """Grow a block table for the next `num_tokens` rows; returns how many rows fit."""
         while (num_ready := seq.num_slots - seq.num_computed) < num_tokens:
             if self._pool.num_available:
                 seq.block_table += self._pool.allocate(1)
             elif num_ready > 0:
                 return num_ready
-            elif not self._preempt_youngest(besides=seq) or seq.state is State.WAITING:
+            elif not self._preempt_youngest(seq, draft) or seq.state is State.WAITING:
                 return 0
         return num_tokens
 
-    def _preempt_youngest(self, *, besides: Sequence) -> bool:
+    def _preempt_youngest(self, besides: Sequence, draft: _Draft) -> bool:
         """Take the blocks of the youngest that can start again; perhaps of `besides` itself.
 
         False if only `besides` could: then it sits this step out, because giving its
@@ -309,6 +372,8 @@ class Scheduler:
             assert others, "a sequence that fits the pool alone found no block"
             return False
         youngest = candidates[-1]
+        if youngest.is_offered:
+            draft.withdrawn.append(youngest.seq_id)
         self._pool.release(youngest.block_table)
         youngest.forget_kv()
         self._move(youngest, State.WAITING)
@@ -341,7 +406,8 @@ class Scheduler:
 
         So many must be left then, `besides`, for those who came before it.
         """
-        num_active = self.count(State.RUNNING) + self.count(State.LANDING)
+        num_frozen = sum(held.is_offered for held in self._lines[State.HELD])
+        num_active = self.count(State.RUNNING) + self.count(State.LANDING) + num_frozen
         if num_active >= self._limits.max_sequences:
             return False
         shared = self._index.match(seq.matchable_keys)
@@ -359,6 +425,20 @@ class Scheduler:
         return True
 
     # Bookkeeping
+
+    def _is_in_step(self, seq: Sequence) -> bool:
+        return self._in_step is not None and seq in self._in_step.sequences
+
+    def _offered(self, seq_id: str) -> Sequence | None:
+        seq = self._sequences.get(seq_id)
+        return seq if seq is not None and seq.is_offered and not seq.is_released else None
+
+    def _freeze_if_due(self, seq: Sequence) -> Frozen | None:
+        """Hold a sequence if it is to be held and is in no step."""
+        if not (seq.is_to_freeze and seq.can_move) or self._is_in_step(seq):
+            return None
+        self._move(seq, State.HELD)
+        return Frozen(done=_chunk_done(seq), output_ids=tuple(seq.output_ids))
 
     def _accept(self, seq: Sequence, token_id: int) -> Emitted:
         position = len(seq.output_ids)
@@ -421,7 +501,11 @@ def _most_slots(request: EngineRequest) -> int:
 def _chunk_done(seq: Sequence) -> ChunkDone:
     return ChunkDone(
         seq_id=seq.seq_id,
-        num_computed=min(seq.num_computed, len(seq.prompt_ids)),
+        num_computed=(
+            min(seq.num_computed, len(seq.prompt_ids))
+            if seq.goal is Goal.HOLD
+            else seq.num_computed
+        ),
         block_table=tuple(seq.block_table),
     )
 

@@ -26,7 +26,7 @@ class State(Enum):
     """Its share of the next step."""
 
     HELD = auto()
-    """Its release; it is never computed again."""
+    """Its release; it is not computed until then, and only one that was to move ever again."""
 
 
 class Sequence:
@@ -36,8 +36,11 @@ class Sequence:
         "arrival",
         "block_size",
         "block_table",
+        "is_freezing",
+        "is_offered",
         "is_released",
         "keys",
+        "limit_tokens",
         "num_cached_tokens",
         "num_computed",
         "num_published",
@@ -71,6 +74,12 @@ class Sequence:
         """Prompt tokens found in the prefix index at its first admission; None before."""
         self.is_released = False
         """Released while in a step; forgotten when that step ends."""
+        self.is_offered = False
+        """To move to another engine: what it computes is reported."""
+        self.is_freezing = False
+        """To be held as soon as it is in no step."""
+        self.limit_tokens = 0
+        """It is held before it has KV for more; 0: no limit."""
 
     @property
     def seq_id(self) -> str:
@@ -105,10 +114,24 @@ class Sequence:
     def num_tokens_admitted(self) -> int:
         """Tokens whose slots are taken at admission.
 
-        A landing sequence takes those its handoff fills; the others take all they have,
+        A landing sequence takes those its handoff may fill; the others take all they have,
         or a preempted one would be preempted again while it replays.
         """
-        return len(self.prompt_ids) if self.origin is Origin.LAND else self.num_tokens
+        if self.origin is Origin.LAND:
+            return max(len(self.prompt_ids), self.request.landing_tokens)
+        return self.num_tokens
+
+    @property
+    def can_move(self) -> bool:
+        """Whether all its KV but the last token's is here, and is going to stay."""
+        is_generating = self.state is State.RUNNING and self.goal is Goal.FINISH
+        return is_generating and self.num_computed == self.num_tokens - 1 >= len(self.prompt_ids)
+
+    @property
+    def is_to_freeze(self) -> bool:
+        return self.is_offered and (
+            self.is_freezing or 0 < self.limit_tokens < self.num_computed + 1
+        )
 
     @property
     def matchable_keys(self) -> tuple[BlockKey, ...]:
@@ -145,3 +168,4 @@ class Sequence:
         self.block_table = []
         self.num_computed = 0
         self.origin = Origin.COMPUTE
+        self.is_offered = self.is_freezing = False

@@ -9,12 +9,12 @@ Prompt blocks are equal on both sides from the end of the step that computed the
 `landed`, on. Blocks of generated tokens are never handed over, so nobody copies them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import structlog
 import torch
 
-from kvrelay.kv.cache import TORCH_DTYPES, KvCache
+from kvrelay.kv.cache import KvCache, values_of
 from kvrelay.kv.layout import KvLayout
 
 log = structlog.get_logger(__name__)
@@ -23,30 +23,47 @@ log = structlog.get_logger(__name__)
 class DeviceCache(KvCache):
     """Owns the memory on both sides; each takes `num_bytes`.
 
-    `tensor` and `block_bytes` are the host's side. On a CUDA device the host's side is
+    `tensor`, `bytes` and what else a `KvCache` has are the host's side. On a CUDA device it is
     page-locked where the system allows it, so that copies run beside the computation.
     """
 
     def __init__(
-        self, layout: KvLayout, num_blocks: int, *, shareable: bool, device: torch.device
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        *,
+        shareable: bool,
+        device: torch.device,
+        staging_num_bytes: int = 0,
     ) -> None:
-        super().__init__(layout, num_blocks, shareable=shareable)
+        super().__init__(
+            layout, num_blocks, shareable=shareable, staging_num_bytes=staging_num_bytes
+        )
         self.device = device
-        self._on_device: torch.Tensor | None = torch.zeros(
-            (num_blocks, *layout.block_shape), dtype=TORCH_DTYPES[layout.dtype], device=device
+        self._device_memory: torch.Tensor | None = torch.zeros(
+            self.num_bytes, dtype=torch.uint8, device=device
         )
         self._to_host = self._to_device = None
         self._locked_at: int | None = None
         if device.type == "cuda":
             self._to_host = torch.cuda.Stream(device)
             self._to_device = torch.cuda.Stream(device)
-            self._locked_at = _page_lock(self.tensor)
+            self._locked_at = _page_lock(self._open)
 
     @property
     def on_device(self) -> torch.Tensor:
-        """[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], contiguous."""
-        assert self._on_device is not None, "the cache is closed"
-        return self._on_device
+        """[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], contiguous.
+
+        Of a layout that is not quantized, as `tensor`.
+        """
+        assert not self.layout.is_quantized, self.layout.dtype
+        return values_of(self.device_bytes, self.layout, self.num_blocks)
+
+    @property
+    def device_bytes(self) -> torch.Tensor:
+        """[num_bytes], uint8, the whole memory on the device: blocks, then staging."""
+        assert self._device_memory is not None, "the cache is closed"
+        return self._device_memory
 
     def mirror(self, blocks: Iterable[int]) -> None:
         """Begin to copy blocks to the host, after all that was launched before.
@@ -54,16 +71,21 @@ class DeviceCache(KvCache):
         Call from the computing thread; the bytes are there after `wait_mirrored`.
         """
         if self._to_host is None:
-            self._copy(self.tensor, self.on_device, blocks)
+            self._copy(self._open, self.device_bytes, blocks)
             return
         self._to_host.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._to_host):
-            self._copy(self.tensor, self.on_device, blocks)
+            self._copy(self._open, self.device_bytes, blocks)
 
     def wait_mirrored(self) -> None:
         """Until what `mirror` was called for is in host memory."""
         if self._to_host is not None:
             self._to_host.synchronize()
+
+    def lanes64(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
+        from kvrelay.kernels.digest import lanes64_ranges
+
+        return lanes64_ranges(self.device_bytes, ranges)
 
     def landed(self, blocks: Iterable[int]) -> None:
         """Copy blocks that a pull has filled to the device; they are there on return.
@@ -71,10 +93,10 @@ class DeviceCache(KvCache):
         For any thread: the blocks are their landing sequence's, so nothing computes with them.
         """
         if self._to_device is None:
-            self._copy(self.on_device, self.tensor, blocks)
+            self._copy(self.device_bytes, self._open, blocks)
             return
         with torch.cuda.device(self.device), torch.cuda.stream(self._to_device):
-            self._copy(self.on_device, self.tensor, blocks)
+            self._copy(self.device_bytes, self._open, blocks)
             self._to_device.synchronize()
 
     def close(self) -> None:
@@ -82,11 +104,12 @@ class DeviceCache(KvCache):
         if self._locked_at is not None:
             _page_unlock(self._locked_at)
             self._locked_at = None
-        self._on_device = None
+        self._device_memory = None
         super().close()
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, blocks: Iterable[int]) -> None:
-        for first, last in runs_of(blocks):
+        each = self.layout.block_num_bytes
+        for first, last in ((first * each, last * each) for first, last in runs_of(blocks)):
             target[first:last].copy_(source[first:last], non_blocking=True)
 
 

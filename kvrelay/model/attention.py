@@ -18,6 +18,7 @@ import torch
 
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
+from kvrelay.model.kv_rows import kv_rows
 from kvrelay.model.spec import ModelSpec
 
 KEY_TILE = 128
@@ -71,7 +72,10 @@ class GenerationPlan:
 
 
 class PagedAttention:
-    """Reads the KV of one cache. Plans are made once per step, for all layers."""
+    """Reads the KV of one cache. Plans are made once per step, for all layers.
+
+    What the cache keeps of a row is all that anybody attends to, the row itself included.
+    """
 
     def __init__(self, spec: ModelSpec, cache: KvCache) -> None:
         layout = cache.layout
@@ -79,16 +83,13 @@ class PagedAttention:
         assert layout.head_dim == spec.head_dim
         self._spec = spec
         self._layout = layout
-        # One row per layer, K or V, and slot.
-        self._rows = cache.tensor.view(-1, spec.num_kv_heads * spec.head_dim)
+        self._rows = kv_rows(cache)
         self._group = _padded_group(spec.group_size)
-        self._stored = self._rows[:0]
-        self._read_kv = torch.empty(0)
+        self._read_kv = torch.empty(0, spec.num_kv_heads, spec.head_dim, dtype=torch.float32)
 
     def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
         """Put `kv` [num_rows, 2, num_kv_heads, head_dim] where `write_slots` said."""
-        rows = kv.reshape(-1, self._rows.shape[1])
-        self._rows.index_copy_(0, slots + self._layer_offset(layer), rows)
+        self._rows.write(slots + self._layer_offset(layer), kv.flatten(0, 1))
 
     def write_slots(self, slots: Slots) -> torch.Tensor:
         """[num_rows * 2] rows of K and V in layer 0, from the slots of layer 0."""
@@ -188,12 +189,10 @@ class PagedAttention:
         The next read overwrites them: fresh memory for each would cost more than the copy.
         """
         heads, dim = self._spec.num_kv_heads, self._spec.head_dim
-        if len(slots) > len(self._stored):
-            self._stored = self._rows.new_empty(len(slots), heads * dim)
-            self._read_kv = torch.empty(self._stored.shape, dtype=torch.float32)
-        stored = self._stored[: len(slots)]
-        torch.index_select(self._rows, 0, slots + self._layer_offset(layer), out=stored)
-        stored = stored.view(2, -1, KEY_TILE, heads, dim).transpose(2, 3)
+        if len(slots) > len(self._read_kv):
+            self._read_kv = self._read_kv.new_empty(len(slots), heads, dim)
+        rows = self._rows.read(slots + self._layer_offset(layer))
+        stored = rows.view(2, -1, KEY_TILE, heads, dim).transpose(2, 3)
         k, v = self._read_kv[: len(slots)].view(stored.shape).copy_(stored)
         return k, v
 

@@ -45,8 +45,11 @@ def load_runner(
     generation_weights: Choice,
     num_threads: int,
     torch_threads: int | None = None,
+    dtype: str | None = None,
 ) -> tuple[ModelRunner, str | None]:
     """A runner over `cache`, and why it is not the compiled one if it is not.
+
+    `dtype` is of weights and products; by default the cache's, or bfloat16 where KV is quantized.
 
     The compiled engine has `num_threads` and may be told to use fewer. Torch, where it computes,
     stays with `torch_threads`; by default as many.
@@ -55,8 +58,9 @@ def load_runner(
         ModelInvalid: see `load_weights` and `generation_blocks`; or the compiled engine is
             asked for, or blocks that only it computes with, and it cannot be used here.
     """
-    dtype = cache.layout.dtype
-    reason = "torch was asked for" if engine == "torch" else why_not_native(spec, cache.layout)
+    if dtype is None:
+        dtype = "bfloat16" if cache.layout.is_quantized else cache.layout.dtype
+    reason = _why_torch(engine, dtype, spec, cache.layout)
     if reason is not None and engine == "native":
         raise ModelInvalid(model_dir, f"cpu_engine is native, but {reason}")
     if reason is not None and generation_weights in ("int8", "int4"):
@@ -77,6 +81,14 @@ def load_runner(
         spec, weights, blocks, cache, max_threads=num_threads, generation=generation
     )
     return runner, None
+
+
+def _why_torch(engine: CpuEngine, dtype: str, spec: ModelSpec, layout: KvLayout) -> str | None:
+    if engine == "torch":
+        return "torch was asked for"
+    if dtype != "bfloat16":
+        return f"it computes in bfloat16, not {dtype}"
+    return why_not_native(spec, layout)
 
 
 def layout_of(spec: ModelSpec, *, dtype: str, block_size: int) -> KvLayout:

@@ -19,12 +19,14 @@ from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
 from kvrelay.model import layers
 from kvrelay.model.generation_weights import Blocks, LayerBlocks
+from kvrelay.model.kv_rows import kv_suffix
 from kvrelay.model.quant import QuantMatrix
 from kvrelay.model.sampler import sample_row
 from kvrelay.model.spec import ModelSpec
 from kvrelay.model.warm_up import WARM_UP_ROWS, warm_up_steps
 from kvrelay.model.weights import LayerWeights, Weights
 from kvrelay.native.library import (
+    KV_KINDS,
     RUN_FIELDS,
     NativeModel,
     NativePath,
@@ -47,8 +49,8 @@ _MAX_GROUP_SIZE = 128
 
 def why_not_native(spec: ModelSpec, layout: KvLayout) -> str | None:
     """Why a model cannot be computed by the compiled engine here; None if it can."""
-    if layout.dtype != "bfloat16":
-        return f"it computes in bfloat16, not {layout.dtype}"
+    if layout.dtype not in KV_KINDS:
+        return f"it keeps KV in {', '.join(KV_KINDS)}, not in {layout.dtype}"
     if layout.block_size.bit_count() != 1:
         return f"block_size {layout.block_size} is no power of two"
     for name in ("hidden_size", "head_dim", "intermediate_size"):
@@ -81,12 +83,13 @@ class NativeRunner:
         self.spec = spec
         self.layout = cache.layout
         self._paths = f"native-{generation}-v{NUMERICS_VERSION}"
+        self._paths += kv_suffix(cache.layout.dtype, "bfloat16")
         self.numerics = self._paths
         self._num_positions = num_positions
         self._num_blocks = cache.num_blocks
-        self._cache = cache.tensor  # keeps the pages alive for as long as steps may be taken
+        self._cache = cache.values  # keeps the pages alive for as long as steps may be taken
         self._model = NativeModel(
-            _shape(spec, cache.layout.block_size, num_positions), max_threads=max_threads
+            _shape(spec, cache.layout, num_positions), max_threads=max_threads
         )
         for index, both in enumerate(zip(weights.layers, blocks.layers, strict=True)):
             self._pack_layer(index, *both)
@@ -243,7 +246,7 @@ def native_rope(spec: ModelSpec, num_positions: int) -> torch.Tensor:
     return torch.stack((table[:, 0, :half], table[:, 1, half:]), dim=1).contiguous()
 
 
-def _shape(spec: ModelSpec, block_size: int, num_positions: int) -> Shape:
+def _shape(spec: ModelSpec, layout: KvLayout, num_positions: int) -> Shape:
     return Shape(
         hidden_size=spec.hidden_size,
         num_layers=spec.num_layers,
@@ -254,7 +257,8 @@ def _shape(spec: ModelSpec, block_size: int, num_positions: int) -> Shape:
         vocab_size=spec.vocab_size,
         num_positions=num_positions,
         window=spec.sliding_window or 0,
-        block_size=block_size,
+        block_size=layout.block_size,
+        kv_kind=KV_KINDS[layout.dtype],
         rms_norm_eps=spec.rms_norm_eps,
     )
 

@@ -16,7 +16,7 @@ import torch
 
 from kvrelay.engine import batch as engine_batch
 from kvrelay.engine.batch import Rows
-from kvrelay.kv.cache import TORCH_DTYPES, KvCache
+from kvrelay.kv.cache import KvCache
 from kvrelay.model import layers
 from kvrelay.model.attention import (
     GenerationPlan,
@@ -26,6 +26,7 @@ from kvrelay.model.attention import (
     num_tiles_seen,
     slots_of,
 )
+from kvrelay.model.kv_rows import kv_suffix
 from kvrelay.model.llama import Llama
 from kvrelay.model.rows import rows_vary
 from kvrelay.model.sampler import sample
@@ -67,14 +68,13 @@ class LlamaRunner:
         num_slots = cache.num_blocks * cache.layout.block_size
         self.spec = spec
         self.layout = cache.layout
-        self.numerics = numerics_name(cache.layout.dtype)
         self._model = Llama(
             spec, weights, num_positions=min(spec.max_position_embeddings, num_slots)
         )
         self._attention = PagedAttention(spec, cache)
         self._num_blocks = cache.num_blocks
         self._dtype = weights.dtype
-        assert TORCH_DTYPES[cache.layout.dtype] == self._dtype
+        self.numerics = self._named(rows_vary=False)
         torch.set_num_threads(num_threads)
 
     @torch.inference_mode()
@@ -120,8 +120,12 @@ class LlamaRunner:
         """
         products = self._model.products
         varying = tuple(name for name, product in products.items() if rows_vary(product))
-        self.numerics = numerics_name(self.layout.dtype, rows_vary=bool(varying))
+        self.numerics = self._named(rows_vary=bool(varying))
         return varying
+
+    def _named(self, *, rows_vary: bool) -> str:
+        dtype = str(self._dtype).removeprefix("torch.")
+        return numerics_name(dtype, kv_dtype=self.layout.dtype, rows_vary=rows_vary)
 
     def _logits(self, batch: Sequence[Rows], indexes: Sequence[int]) -> torch.Tensor:
         """Float32 logits of the last row of each of `indexes`, its KV and all others' written."""
@@ -219,12 +223,13 @@ class _Paged:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def numerics_name(dtype: str, *, rows_vary: bool = False) -> str:
+def numerics_name(dtype: str, *, kv_dtype: str, rows_vary: bool = False) -> str:
     """Names the numeric paths of this runner: equal names and inputs, equal bits.
 
     Unless rows vary: then only near, and the name makes no secret of it.
     """
-    return f"cpu-{dtype}-v{NUMERICS_VERSION}" + ("-rows-vary" if rows_vary else "")
+    name = f"cpu-{dtype}-v{NUMERICS_VERSION}" + kv_suffix(kv_dtype, dtype)
+    return name + ("-rows-vary" if rows_vary else "")
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:

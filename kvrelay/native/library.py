@@ -42,6 +42,8 @@ class Norm(IntEnum):
 
 WEIGHT_KINDS: Mapping[str, int] = {"bfloat16": 0, "q4_0": 1, "q4_1": 2, "q8_0": 3}
 
+KV_KINDS: Mapping[str, int] = {"bfloat16": 0, "fp8": 1, "int8": 2}
+
 
 class Shape(ctypes.Structure):
     """A model's sizes, as the C++ side has them."""
@@ -57,6 +59,7 @@ class Shape(ctypes.Structure):
         ("num_positions", c_int32),
         ("window", c_int32),
         ("block_size", c_int32),
+        ("kv_kind", c_int32),
         ("rms_norm_eps", c_float),
     )
 
@@ -116,11 +119,25 @@ def load(library: Path = LIBRARY) -> ctypes.CDLL:
     native.kvrelay_set_threads.argtypes = (c_void_p, c_int)
     native.kvrelay_num_bytes.restype = ctypes.c_size_t
     native.kvrelay_num_bytes.argtypes = (c_void_p,)
+    native.kvrelay_keep.restype = None
+    native.kvrelay_keep.argtypes = (c_int, c_void_p, c_int, c_int, c_void_p, c_void_p)
     native.kvrelay_step.argtypes = (
         *(c_void_p, c_void_p, c_int),
         *(c_void_p, c_void_p, c_void_p, c_void_p),
     )
     return native
+
+
+def keep(kind: str, x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], ...]:
+    """What the engine keeps of one slot's K or V, [num_kv_heads, head_dim]: values and scales."""
+    assert x.flags.c_contiguous
+    heads, dim = x.shape
+    values = np.zeros(heads * dim * (2 if kind == "bfloat16" else 1), dtype=np.uint8)
+    scales = np.zeros(heads * 2, dtype=np.uint8)
+    load().kvrelay_keep(
+        KV_KINDS[kind], x.ctypes.data, heads, dim, values.ctypes.data, scales.ctypes.data
+    )
+    return values, scales
 
 
 class NativeModel:
@@ -171,7 +188,7 @@ class NativeModel:
         )
 
     def set_cache(self, address: int) -> None:
-        """The KV tensor, which must outlive this object's last step."""
+        """The KV's memory, which must outlive this object's last step."""
         self._native.kvrelay_set_cache(self._model, address)
 
     def set_threads(self, num_threads: int) -> None:

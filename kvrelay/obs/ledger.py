@@ -22,13 +22,18 @@ class Ledger:
 
     gap1_s: float
     gap1_stages: Mapping[str, float]
-    """Sum to `gap1_s` where KV was handed over, else empty."""
+    """Sum to `gap1_s` where KV was handed over, else empty. `grant_wait` and `transfer` follow each
+    other: bytes travel to blocks."""
 
     e2e_s: float
     tpot_s: float
     handoff_tax_s: float | None
     attempts: int
     lost_attempts: tuple[str, ...]
+    move_gaps_s: tuple[float, ...]
+    """One for each time it moved from one decode worker to another: from the last token before to
+    the first after."""
+
     prefill_worker: str
     decode_worker: str
     route_reason: str
@@ -61,6 +66,8 @@ class LedgerBuilder:
     attempts: int = 0
     lost_attempts: list[str] = field(default_factory=list)
     num_lost_before_first_token: int = 0
+    move_gaps_s: list[float] = field(default_factory=list)
+    has_just_moved: bool = False
     prefill_worker: str = ""
     decode_worker: str = ""
     route_reason: str = ""
@@ -82,11 +89,19 @@ class LedgerBuilder:
     def lost(self, reason: str) -> None:
         """The attempt was given up; the next one starts over."""
         self.lost_attempts.append(reason)
+        self.has_just_moved = False
         if not self.token_at_s:
             self.num_lost_before_first_token += 1
 
+    def moved(self) -> None:
+        """Another decode worker has gone on with it; nothing was lost, so no attempt was."""
+        self.has_just_moved = True
+
     def tokens(self, now_s: float, num_tokens: int) -> None:
-        """`num_tokens` more tokens were handed to the caller."""
+        """`num_tokens` more tokens, at least one, were handed to the caller."""
+        if self.has_just_moved:
+            self.has_just_moved = False
+            self.move_gaps_s.append(now_s - self.last_token_at_s)
         self.completion_tokens += num_tokens
         self.last_token_at_s = now_s
         self.token_at_s += [now_s] * min(num_tokens, 2 - len(self.token_at_s))
@@ -111,6 +126,7 @@ class LedgerBuilder:
             handoff_tax_s=gap1_s - tpot_s if was_handed_over and n > 2 else None,
             attempts=self.attempts,
             lost_attempts=tuple(self.lost_attempts),
+            move_gaps_s=tuple(self.move_gaps_s),
             prefill_worker=self.prefill_worker,
             decode_worker=self.decode_worker,
             route_reason=self.route_reason,
@@ -134,7 +150,7 @@ class LedgerBuilder:
         return _with_remainder(stages, "first_token_return", ttft_s)
 
     def _gap1_stages(self, gap1_s: float) -> dict[str, float]:
-        order = ("transfer", "verify", "release", "join", "first_step")
+        order = ("grant_wait", "transfer", "verify", "release", "join", "first_step")
         known = {name: self.gap1_stages.get(name, 0.0) for name in order}
         stages = _with_remainder(known, "pull_wait", gap1_s)
         return {"pull_wait": stages.pop("pull_wait"), **stages}

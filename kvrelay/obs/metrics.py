@@ -85,8 +85,21 @@ class CoordinatorMetrics:
         self.lost_attempts = new.counter(
             "lost_attempts", "Attempts given up because a worker or handoff was lost.", "reason"
         )
+        self.handoffs = new.counter(
+            "handoffs", "Prompts whose KV was handed over, by what moved it.", "transport"
+        )
         self.handoff_bytes = new.counter(
             "handoff_bytes", "KV bytes moved by handoffs.", "transport"
+        )
+        self.handoff_overlapped_bytes = new.counter(
+            "handoff_overlapped_bytes", "Of these, bytes that landed before the prefill ended.",
+            "transport",
+        )  # fmt: skip
+        self.moves = new.counter(
+            "moves", "Moves of running requests between decode workers.", "reason", "outcome"
+        )
+        self.move_gap = new.histogram(
+            "move_gap_seconds", "Last token before a move to the first after.", ITL_BUCKETS_S
         )
         self.stale_outputs = new.counter(
             "stale_outputs", "Outputs of attempts that had been replaced, dropped."
@@ -115,11 +128,20 @@ class CoordinatorMetrics:
         if ledger.handoff_tax_s is not None:
             self.handoff_tax.observe(ledger.handoff_tax_s)
         if ledger.transport:
-            self.handoff_bytes.labels(transport=ledger.transport).inc(ledger.handoff_num_bytes)
+            label = {"transport": ledger.transport}
+            self.handoffs.labels(**label).inc()
+            self.handoff_bytes.labels(**label).inc(ledger.handoff_num_bytes)
+            self.handoff_overlapped_bytes.labels(**label).inc(ledger.overlapped_num_bytes)
+        for gap_s in ledger.move_gaps_s:
+            self.move_gap.observe(gap_s)
 
     def observe_gap(self, gap_s: float) -> None:
         """A gap between two batches of tokens handed to one caller."""
         self.inter_token_latency.observe(gap_s)
+
+    def observe_move(self, reason: str, outcome: str) -> None:
+        """Count a move that is over."""
+        self.moves.labels(reason=reason, outcome=outcome).inc()
 
     def observe_refused(self, reason: str) -> None:
         """Count a request that was never admitted."""
@@ -147,6 +169,15 @@ class WorkerMetrics:
         self.holds = new.gauge(
             "engine_handoff_holds", "Prefill: holds to be released. Decode: pulls.", "role"
         ).labels(**label)
+        self.waiting_handoffs = new.gauge(
+            "engine_waiting_handoffs",
+            "Prefill: holds to be released. Decode: handoffs with bytes to fetch and no blocks yet.",
+            "role",
+        ).labels(**label)
+        self.grant_wait = new.histogram(
+            "engine_grant_wait_seconds", "First announced block to blocks of our own for it.",
+            STAGE_BUCKETS_S, "role",
+        ).labels(**label)  # fmt: skip
         self.step = new.histogram(
             "engine_step_seconds", "Duration of a step.", STAGE_BUCKETS_S, "role"
         ).labels(**label)
@@ -169,7 +200,14 @@ class WorkerMetrics:
         self.kv_corrupt = new.counter(
             "engine_kv_corrupt", "Handoffs whose bytes were not those announced.", "role"
         ).labels(**label)
+        self._faults = new.counter(
+            "engine_faults_injected", "What was done to pulls on purpose.", "role", "fault"
+        )
         self._seen = WorkerLoad()
+
+    def observe_fault(self, fault: str) -> None:
+        """Count a fault that was put into a pull; see `kvrelay.transfer.faulty`."""
+        self._faults.labels(**self._label, fault=fault).inc()
 
     def observe_pull(self, *, num_bytes: int, elapsed_s: float) -> None:
         """Count bytes that landed; the two sums' growth over time is the handoffs' bandwidth."""
@@ -183,6 +221,7 @@ class WorkerMetrics:
         self.running_sequences.set(load.running_sequences)
         self.waiting_sequences.set(load.waiting_sequences)
         self.holds.set(load.handoff_holds)
+        self.waiting_handoffs.set(load.waiting_handoffs)
         self._handoffs.inc(load.handoffs_total - self._seen.handoffs_total)
         self._preemptions.inc(load.preemptions_total - self._seen.preemptions_total)
         self._seen = load
@@ -263,6 +302,11 @@ _WORKER_GAUGES: tuple[tuple[str, str, Callable[[WorkerIdentity, WorkerLoad], flo
         "worker_handoff_holds",
         "Prefill: holds to be released. Decode: pulls.",
         lambda _, load: load.handoff_holds,
+    ),
+    (
+        "worker_waiting_handoffs",
+        "Prefill: holds that their pullers let wait. Decode: handoffs that wait for blocks.",
+        lambda _, load: load.waiting_handoffs,
     ),
     (
         "worker_queued_prompt_tokens",

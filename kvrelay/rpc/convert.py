@@ -12,6 +12,7 @@ from kvrelay.rpc.session import Attempt
 from kvrelay.types import (
     Fingerprint,
     FinishReason,
+    LinkSpeed,
     Role,
     SamplingParams,
     TransportOffer,
@@ -22,6 +23,8 @@ from kvrelay.v1 import common_pb2, pool_pb2
 
 MAX_OFFERS = 16
 MAX_NAME_CHARS = 256
+MAX_ADDRESS_CHARS = 4096
+MAX_LINKS = 256
 
 _WORKER_ID = re.compile(r"[a-z0-9.-]{1,64}")
 _EPOCH = re.compile(r"[0-9a-f]{16}")
@@ -156,8 +159,11 @@ def offer_from_wire(wire: common_pb2.TransportOffer) -> TransportOffer:
         InvalidRequest: it has no name, or a field is too long.
     """
     _name("offer.name", wire.name)
-    for field, text in (("offer.address", wire.address), ("offer.host", wire.host)):
-        _require(len(text) <= 2 * MAX_NAME_CHARS, field, f"at most {2 * MAX_NAME_CHARS} characters")
+    for field, text, limit in (
+        ("offer.address", wire.address, MAX_ADDRESS_CHARS),
+        ("offer.host", wire.host, 2 * MAX_NAME_CHARS),
+    ):
+        _require(len(text) <= limit, field, f"at most {limit} characters")
     return TransportOffer(name=wire.name, address=wire.address, host=wire.host)
 
 
@@ -218,17 +224,25 @@ def load_to_wire(load: WorkerLoad) -> pool_pb2.WorkerLoad:
         handoffs_total=load.handoffs_total,
         preemptions_total=load.preemptions_total,
         is_draining=load.is_draining,
+        waiting_handoffs=load.waiting_handoffs,
+        links=[
+            pool_pb2.LinkSpeed(
+                holder_id=link.holder_id, transport=link.transport, bytes_per_s=link.bytes_per_s
+            )
+            for link in load.links
+        ],
     )
 
 
 def load_from_wire(wire: pool_pb2.WorkerLoad) -> WorkerLoad:
     """
     Raises:
-        InvalidRequest: a measurement is negative or not a number.
+        InvalidRequest: a measurement is negative or not a number, or there are too many.
     """
     for name in ("prefill_tokens_per_s", "step_s"):
         value = getattr(wire, name)
         _require(math.isfinite(value) and value >= 0, f"load.{name}", "must be finite, at least 0")
+    _require(len(wire.links) <= MAX_LINKS, "load.links", f"at most {MAX_LINKS}")
     return WorkerLoad(
         free_blocks=wire.free_blocks,
         cached_blocks=wire.cached_blocks,
@@ -242,7 +256,17 @@ def load_from_wire(wire: pool_pb2.WorkerLoad) -> WorkerLoad:
         handoffs_total=wire.handoffs_total,
         preemptions_total=wire.preemptions_total,
         is_draining=wire.is_draining,
+        waiting_handoffs=wire.waiting_handoffs,
+        links=tuple(_link_from_wire(link) for link in wire.links),
     )
+
+
+def _link_from_wire(wire: pool_pb2.LinkSpeed) -> LinkSpeed:
+    _name("link.holder_id", wire.holder_id)
+    _name("link.transport", wire.transport)
+    speed = wire.bytes_per_s
+    _require(math.isfinite(speed) and speed > 0, "link.bytes_per_s", "must be finite, above 0")
+    return LinkSpeed(holder_id=wire.holder_id, transport=wire.transport, bytes_per_s=speed)
 
 
 def ledger_to_wire(ledger: Ledger) -> common_pb2.Ledger:
@@ -269,6 +293,7 @@ def ledger_to_wire(ledger: Ledger) -> common_pb2.Ledger:
         ),
         outcome=ledger.outcome,
         lost_attempts=ledger.lost_attempts,
+        move_gaps_s=ledger.move_gaps_s,
     )
 
 
@@ -285,6 +310,7 @@ def ledger_from_wire(wire: common_pb2.Ledger) -> Ledger:
         handoff_tax_s=wire.handoff_tax_s if wire.HasField("handoff_tax_s") else None,
         attempts=wire.attempts,
         lost_attempts=tuple(wire.lost_attempts),
+        move_gaps_s=tuple(wire.move_gaps_s),
         prefill_worker=wire.prefill_worker,
         decode_worker=wire.decode_worker,
         route_reason=wire.route_reason,

@@ -1,6 +1,6 @@
 """A worker's place in the pool: joins, says how it is, and joins again for ever.
 
-1. Send the identity and wait for the welcome.
+1. Send the identity and wait for the welcome, which brings the key of tickets.
 2. Send the load at the interval the welcome told, and at once when `announce` is called.
 3. When the stream ends, wait a little, longer each time, and start over.
 """
@@ -17,6 +17,7 @@ import structlog
 from kvrelay.clock import Clock
 from kvrelay.config import TlsFiles
 from kvrelay.errors import Incompatible, InvalidRequest, PeerUnavailable, ServingError
+from kvrelay.handoff.ticket import KEY_NUM_BYTES
 from kvrelay.rpc import convert
 from kvrelay.rpc.channel import open_channel
 from kvrelay.rpc.status import from_grpc
@@ -47,13 +48,18 @@ class Membership:
         clock: Clock,
         tls: TlsFiles | None = None,
         random: Random | None = None,
+        on_key: Callable[[bytes], None] | None = None,
     ) -> None:
+        """`on_key` gets the key of each membership before the coordinator hears that we have it;
+        who holds nothing for others needs none.
+        """
         self._identity = identity
         self._coordinator = coordinator
         self._load = load
         self._clock = clock
         self._tls = tls
         self._random = random or Random()
+        self._on_key = on_key
         self._backoff_s = MIN_BACKOFF_S
         self._is_member = False
         self._is_leaving = False
@@ -81,7 +87,8 @@ class Membership:
         """Be a member until `leave`, through every restart of the coordinator.
 
         Raises:
-            Incompatible: the pool serves something else; asking again would not change that.
+            Incompatible: the pool serves something else, or the coordinator speaks another version;
+                asking again would not change that.
             InvalidRequest: the coordinator finds our identity malformed.
         """
         self._ended.clear()
@@ -144,6 +151,13 @@ class Membership:
             raise PeerUnavailable(f"no welcome within {WELCOME_TIMEOUT_S:g} s") from None
         if not isinstance(welcome, pool_pb2.JoinResponse):
             raise PeerUnavailable("the coordinator ended the stream without a welcome")
+        if len(welcome.ticket_key) != KEY_NUM_BYTES:
+            raise Incompatible(
+                f"the coordinator's ticket key has {len(welcome.ticket_key)} bytes, "
+                f"not {KEY_NUM_BYTES}"
+            )
+        if self._on_key is not None:
+            self._on_key(welcome.ticket_key)
         return max(MIN_INTERVAL_S, welcome.heartbeat_interval_ms / 1000)
 
     async def _stay(self, call: "_Call", interval_s: float) -> None:

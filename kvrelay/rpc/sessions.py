@@ -5,10 +5,10 @@ nothing begins, and each session ends once its last attempt has.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import structlog
 
@@ -33,15 +33,13 @@ Submit_co = TypeVar("Submit_co", bound=Named, covariant=True)
 
 
 class Instruction(Protocol[Submit_co]):
-    """What a coordinator says: submit or cancel."""
+    """What a coordinator says: submit, cancel, or something that its service knows."""
 
     @property
     def submit(self) -> Submit_co: ...
     @property
     def cancel(self) -> Named: ...
-    def WhichOneof(
-        self, oneof_group: Literal["instruction"], /
-    ) -> Literal["submit", "cancel"] | None: ...
+    def WhichOneof(self, oneof_group: Literal["instruction"], /) -> str | None: ...
 
 
 class Sessions(Generic[Item, Submit]):
@@ -54,6 +52,7 @@ class Sessions(Generic[Item, Submit]):
         cancel: Callable[[Session[Item], Attempt], None],
         failed: Callable[[Attempt, ServingError], Item],
         merge: Callable[[Item, Item], Item],
+        others: Mapping[str, Callable[[Session[Item], Attempt, Any], None]] | None = None,
     ) -> None:
         """Functions of the service.
 
@@ -62,11 +61,13 @@ class Sessions(Generic[Item, Submit]):
             cancel: end an attempt, if it is one of this session that goes on.
             failed: what is told of an attempt that could not start.
             merge: see `Outbox`.
+            others: what else may be said of an attempt, by the name of its field.
         """
         self._start = start
         self._cancel = cancel
         self._failed = failed
         self._merge = merge
+        self._others = others or {}
         self._sessions: set[Session[Item]] = set()
         self._is_draining = False
         self._idle = asyncio.Event()
@@ -132,8 +133,12 @@ class Sessions(Generic[Item, Submit]):
                 self._submit(session, instruction.submit)
             case "cancel":
                 self._call_off(session, _attempt_of(instruction.cancel))
-            case None:
-                raise InvalidRequest("instruction", "one of submit or cancel must be given")
+            case str(name) if name in self._others:
+                message = getattr(instruction, name)
+                self._others[name](session, _attempt_of(message), message)
+            case _:
+                known = ", ".join(["submit", "cancel", *self._others])
+                raise InvalidRequest("instruction", f"one of {known} must be given")
 
     def _submit(self, session: Session[Item], submit: Submit) -> None:
         # An attempt without a proper name cannot fail by itself: that ends the session.

@@ -41,6 +41,7 @@ CODES: Mapping[type[ServingError], grpc.StatusCode] = MappingProxyType(
         errors.Draining: grpc.StatusCode.UNAVAILABLE,
         errors.HandoffLost: grpc.StatusCode.NOT_FOUND,
         errors.KvCorrupt: grpc.StatusCode.DATA_LOSS,
+        errors.QuiescenceLost: grpc.StatusCode.UNAVAILABLE,
         errors.Incompatible: grpc.StatusCode.FAILED_PRECONDITION,
         errors.DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
         errors.Cancelled: grpc.StatusCode.CANCELLED,

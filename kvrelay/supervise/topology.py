@@ -24,6 +24,8 @@ class Topology:
     block_size: int | None = None
     num_blocks: int | None = None
     drain_s: float = 30.0
+    chaos: str = ""
+    """What goes wrong on purpose with the decode workers' pulls; empty: nothing."""
 
     def coordinator(self, *, listen: str, http_listen: str) -> tuple[str, ...]:
         """Arguments to Python that start the coordinator."""
@@ -48,6 +50,7 @@ class Topology:
             *("--worker-id", f"{role}-{index}", "--listen", "127.0.0.1:0"),
             *("--threads", str(self.num_threads), "--transport", self.transport),
             *("--drain-s", str(self.drain_s)),
+            *(("--chaos", self.chaos) if self.chaos and role == "decode" else ()),
             *(word for flag, v in optional.items() if v is not None for word in (flag, str(v))),
         )
 

@@ -1,14 +1,14 @@
 """The one way KV moves between processes: the decode side pulls.
 
-A transport carries bytes of whole blocks and decides nothing. Whether the bytes may be
-used is settled elsewhere: by the digest of what landed and by the fence at `Release`.
+A transport carries ranges of bytes and decides nothing; it knows of no layout. Whether the bytes
+may be used is settled elsewhere: by the digest of what landed and by the fence at `Release`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from kvrelay.types import BlockId, TransportOffer
+from kvrelay.types import TransportOffer
 
 if TYPE_CHECKING:  # whoever decides about transports needs no torch
     from kvrelay.kv.cache import KvCache
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # whoever decides about transports needs no torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteHold:
-    """KV held by a prefill worker for one handoff, as the puller knows it."""
+    """KV held by a worker for one handoff, as the puller knows it."""
 
     handoff_id: str
     worker_id: str
@@ -25,16 +25,27 @@ class RemoteHold:
     """HOST:PORT of the holder's gRPC server."""
 
     offer: TransportOffer
+    other_offers: tuple[TransportOffer, ...] = ()
+    """What else the two have in common, best first."""
+
+    ticket: bytes = b""
+    """The coordinator's word that we may pull it; see `kvrelay.handoff.ticket`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockCopy:
-    """One block to fetch: `index` in the handoff, `source` at the holder, `target` here."""
+    """One block to fetch, as ranges of bytes."""
 
     index: int
-    source: BlockId
-    source_generation: int
-    target: BlockId
+    """Of the block in the handoff."""
+
+    source_offset: int
+    """In the memory that the holder registered."""
+
+    target_offset: int
+    """In the memory that we registered."""
+
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,14 +57,19 @@ class PullStats:
 
 
 class KvTransport(Protocol):
-    """Copies held blocks of a peer into local ones.
+    """Copies held blocks of a peer into local memory.
 
-    Implementations: `ShmTransport` (same host), `StreamTransport` (anywhere). All pass
-    tests/contract/test_transport.py.
+    Implementations: `ShmTransport` (same host), `StreamTransport` (anywhere), `NixlTransport`,
+    `CudaIpcTransport`, `NcclTransport`. All pass one contract suite, tests/contract/test_transport.py.
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def lands_on(self) -> Literal["host", "device"]:
+        """Which side of the cache pulls write to."""
+        ...
 
     def register(self, cache: "KvCache") -> None:
         """Make `cache` the memory that peers pull from and that pulls land in. Called once."""
@@ -67,6 +83,12 @@ class KvTransport(Protocol):
         """Whether `pull` could work with a peer that offers this. Pure, no I/O."""
         ...
 
+    def prepare(self, remote: RemoteHold) -> bool:
+        """Whether `pull` could begin now. False begins what is missing, and never waits; until
+        then another transport has to do.
+        """
+        ...
+
     async def pull(self, remote: RemoteHold, copies: Sequence[BlockCopy]) -> PullStats:
         """Copy the given blocks into the registered cache.
 
@@ -77,6 +99,9 @@ class KvTransport(Protocol):
         Raises:
             HandoffLost: the holder no longer has it.
             PeerUnavailable: the holder could not be reached or went away.
+            KvCorrupt: what the holder told of its memory makes no sense.
+            QuiescenceLost: nobody can tell whether something still writes to the targets. The
+                process must end; until then the caller keeps them.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Wraps any transport and makes it fail on purpose, the same way for the same seed.
+"""Wraps a transport and makes it fail on purpose, the same way for the same seed.
 
 What it does to bytes, the digest must find; what it raises, the caller must survive.
 """
@@ -6,38 +6,21 @@ What it does to bytes, the digest must find; what it raises, the caller must sur
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 import structlog
 
 from kvrelay.errors import PeerUnavailable
 from kvrelay.kv.cache import KvCache
 from kvrelay.transfer.base import BlockCopy, KvTransport, PullStats, RemoteHold
+from kvrelay.transfer.chaos_spec import ChaosSpec, Damage, Fault
+from kvrelay.transfer.damage import Landing, damage
 from kvrelay.types import TransportOffer
 
 log = structlog.get_logger(__name__)
-
-
-class Fault(Enum):
-    """One way for a pull to go wrong."""
-
-    DROP = "drop"
-    """Nothing lands: `PeerUnavailable`."""
-
-    DELAY = "delay"
-    """It starts late."""
-
-    CORRUPT = "corrupt"
-    """All land, some bits of one block flipped."""
-
-    TRUNCATE = "truncate"
-    """The last blocks, at least one, are left as they were."""
-
-    DUPLICATE = "duplicate"
-    """All land twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,27 +51,55 @@ class FaultPlan(Protocol):
     def faults(self, num_pull: int, rng: random.Random) -> frozenset[Fault]: ...
 
 
+@dataclass(slots=True)
+class Injected:
+    """What was done so far."""
+
+    faults: Counter[Fault] = field(default_factory=Counter)
+    damages: Counter[Damage] = field(default_factory=Counter)
+
+
 class FaultyTransport:
     """See `KvTransport`. Is `inner` to peers; only our own pulls go wrong.
 
-    `injected` counts what was done so far.
+    `injected` counts what was done; `on_injected` is called for each fault as it is chosen.
+    `damages` are the kinds of damage that CORRUPT chooses from. `cache` is what `inner` has
+    registered, if it has.
     """
 
     def __init__(
-        self, inner: KvTransport, *, plan: FaultPlan, seed: int, delay_s: float = 0.05
+        self,
+        inner: KvTransport,
+        *,
+        plan: FaultPlan,
+        seed: int | str,
+        delay_s: float = 0.05,
+        stall_s: float = 5.0,
+        damages: Sequence[Damage] = tuple(Damage),
+        on_injected: Callable[[Fault], None] | None = None,
+        cache: KvCache | None = None,
     ) -> None:
-        self.injected: Counter[Fault] = Counter()
+        self.injected = Injected()
         self._inner = inner
         self._plan = plan
         self._rng = random.Random(seed)
         self._seed = seed
         self._delay_s = delay_s
+        self._stall_s = stall_s
+        self._damages = tuple(damages)
+        self._on_injected = on_injected
         self._num_pulls = 0
-        self._cache: KvCache | None = None
+        self._overtaken = asyncio.Event()  # by the next pull that ends
+        self._earlier = b""  # a block that an earlier pull brought
+        self._cache = cache
 
     @property
     def name(self) -> str:
         return self._inner.name
+
+    @property
+    def lands_on(self) -> Literal["host", "device"]:
+        return self._inner.lands_on
 
     def register(self, cache: KvCache) -> None:
         self._inner.register(cache)
@@ -100,23 +111,51 @@ class FaultyTransport:
     def can_pull(self, offer: TransportOffer) -> bool:
         return self._inner.can_pull(offer)
 
+    def prepare(self, remote: RemoteHold) -> bool:
+        return self._inner.prepare(remote)
+
     async def pull(self, remote: RemoteHold, copies: Sequence[BlockCopy]) -> PullStats:
         faults = self._plan.faults(self._num_pulls, self._rng)
         self._num_pulls += 1
         # Drawn now, so that pulls which overlap cannot change each other's faults.
         rng = random.Random(self._rng.getrandbits(64))
-        self.injected.update(faults)
-        if faults:
-            names = sorted(fault.value for fault in faults)
-            log.warning("transfer.fault_injected", faults=names, seed=self._seed)
+        self._count(faults)
         if Fault.DELAY in faults:
             await asyncio.sleep(self._delay_s)
         if Fault.DROP in faults:
             raise PeerUnavailable("pull dropped by the fault injector")
-        return await self._pull(remote, copies, faults, rng)
+        if Fault.REORDER in faults:
+            copies = rng.sample(copies, len(copies))
+            await self._let_another_overtake()
+        if Fault.STALL in faults:
+            await self._stall(remote, copies)
+        stats = await self._pull(remote, copies, faults, rng)
+        self._overtaken.set()
+        self._overtaken = asyncio.Event()
+        return stats
 
     async def close(self) -> None:
         await self._inner.close()
+
+    def _count(self, faults: frozenset[Fault]) -> None:
+        if not faults:
+            return
+        self.injected.faults.update(faults)
+        names = sorted(fault.value for fault in faults)
+        log.info("transfer.fault_injected", faults=names, seed=self._seed)
+        if self._on_injected is not None:
+            for fault in faults:
+                self._on_injected(fault)
+
+    async def _let_another_overtake(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._delay_s):
+                await self._overtaken.wait()
+
+    async def _stall(self, remote: RemoteHold, copies: Sequence[BlockCopy]) -> None:
+        await self._inner.pull(remote, copies[: len(copies) // 2])
+        await asyncio.sleep(self._stall_s)
+        raise PeerUnavailable(f"pull stalled for {self._stall_s} s by the fault injector")
 
     async def _pull(
         self,
@@ -128,20 +167,50 @@ class FaultyTransport:
         wanted = copies
         if Fault.TRUNCATE in faults and copies:
             wanted = copies[: rng.randrange(len(copies))]
+        landing = Landing(self._here, copies, is_on_device=self.lands_on == "device")
+        before = [landing.read(i) for i in range(len(copies))] if Fault.CORRUPT in faults else []
         stats = await self._inner.pull(remote, wanted)
         if Fault.DUPLICATE in faults:
             await self._inner.pull(remote, wanted)
         if Fault.CORRUPT in faults and copies:
-            self._flip_bits(rng.choice(copies), rng)
+            kind = rng.choice(self._damages)
+            self.injected.damages[kind] += 1
+            damage(landing, kind, rng, before=before, earlier=self._earlier)
+        if copies:
+            self._earlier = landing.read(0)
         # A truncated pull says nothing of it: only the digest may find out.
-        return replace(stats, num_bytes=len(copies) * self._here.layout.block_num_bytes)
+        return replace(stats, num_bytes=sum(copy.num_bytes for copy in copies))
 
     @property
     def _here(self) -> KvCache:
         assert self._cache is not None, "not registered"
         return self._cache
 
-    def _flip_bits(self, copy: BlockCopy, rng: random.Random) -> None:
-        view = self._here.block_bytes(copy.target)
-        for position in {rng.randrange(len(view)) for _ in range(rng.randint(1, 8))}:
-            view[position] ^= 1 << rng.randrange(8)
+
+def with_chaos(
+    transports: Sequence[KvTransport],
+    spec: ChaosSpec,
+    *,
+    cache: KvCache,
+    worker_id: str,
+    on_injected: Callable[[Fault], None],
+) -> tuple[KvTransport, ...]:
+    """Registered transports, whose pulls go wrong as `spec` says; other workers' differently."""
+    log.warning(
+        "transfer.chaos",
+        note="pulls go wrong on purpose",
+        rates={fault.value: rate for fault, rate in spec.rates.items()},
+        seed=spec.seed,
+    )
+    return tuple(
+        FaultyTransport(
+            transport,
+            plan=FaultRates(spec.rates),
+            seed=f"{spec.seed}/{worker_id}/{transport.name}",
+            delay_s=spec.delay_s,
+            stall_s=spec.stall_s,
+            on_injected=on_injected,
+            cache=cache,
+        )
+        for transport in transports
+    )

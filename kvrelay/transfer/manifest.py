@@ -10,38 +10,31 @@ from typing import Any
 import msgpack
 
 from kvrelay.errors import Incompatible, KvCorrupt
-from kvrelay.kv.layout import DTYPE_NUM_BYTES, KvLayout
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MAX_MANIFEST_BYTES = 4096
 
 _MAX_NAME_CHARS = 256
-_MAX_NUM_BLOCKS = 1 << 24
-_MAX_LAYOUT = {"num_layers": 1024, "block_size": 1024, "num_kv_heads": 1024, "head_dim": 4096}
+_MAX_NUM_BYTES = 1 << 46
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CacheManifest:
-    """Whose memory it is and how it is laid out."""
+class MemoryManifest:
+    """Whose memory it is and how much."""
 
     worker_id: str
     epoch: str
-    layout: KvLayout
-    num_blocks: int
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_blocks * self.layout.block_num_bytes
+    num_bytes: int
 
 
-def encode(manifest: CacheManifest) -> bytes:
+def encode(manifest: MemoryManifest) -> bytes:
     """At most `MAX_MANIFEST_BYTES`."""
     raw: bytes = msgpack.packb({"version": MANIFEST_VERSION, **asdict(manifest)})
     assert len(raw) <= MAX_MANIFEST_BYTES, len(raw)
     return raw
 
 
-def decode(raw: bytes) -> CacheManifest:
+def decode(raw: bytes) -> MemoryManifest:
     """The manifest that `encode` wrote.
 
     Raises:
@@ -52,12 +45,11 @@ def decode(raw: bytes) -> CacheManifest:
     version = _integer(fields, "version", MANIFEST_VERSION, 1 << 31)
     if version != MANIFEST_VERSION:
         raise Incompatible(f"manifest version {version}, ours is {MANIFEST_VERSION}")
-    _expect(fields, "the manifest", {"version", "worker_id", "epoch", "layout", "num_blocks"})
-    return CacheManifest(
+    _expect(fields, {"version", "worker_id", "epoch", "num_bytes"})
+    return MemoryManifest(
         worker_id=_name(fields, "worker_id"),
         epoch=_name(fields, "epoch"),
-        layout=_layout(fields["layout"]),
-        num_blocks=_integer(fields, "num_blocks", 1, _MAX_NUM_BLOCKS),
+        num_bytes=_integer(fields, "num_bytes", 1, _MAX_NUM_BYTES),
     )
 
 
@@ -73,20 +65,9 @@ def _fields(raw: bytes) -> dict[str, Any]:
     return fields
 
 
-def _layout(fields: object) -> KvLayout:
-    if not isinstance(fields, dict):
-        raise KvCorrupt("manifest.layout is not a map")
-    _expect(fields, "manifest.layout", {*_MAX_LAYOUT, "dtype"})
-    dtype = fields["dtype"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_NUM_BYTES:
-        raise KvCorrupt(f"manifest.layout.dtype is none of {', '.join(DTYPE_NUM_BYTES)}")
-    sizes = {name: _integer(fields, name, 1, most) for name, most in _MAX_LAYOUT.items()}
-    return KvLayout(dtype=dtype, **sizes)
-
-
-def _expect(fields: dict[str, Any], what: str, names: set[str]) -> None:
+def _expect(fields: dict[str, Any], names: set[str]) -> None:
     if fields.keys() != names:
-        raise KvCorrupt(f"{what} has not exactly the fields {', '.join(sorted(names))}")
+        raise KvCorrupt(f"the manifest has not exactly the fields {', '.join(sorted(names))}")
 
 
 def _integer(fields: dict[str, Any], name: str, least: int, most: int) -> int:

@@ -2,7 +2,7 @@
 
 1. `register` serves the descriptor of our own cache (`shm_serve`).
 2. The first pull from a peer maps that peer's cache, read-only (`shm_map`).
-3. A pull is then one copy per run of neighbouring blocks, in a thread of its own.
+3. A pull is then one copy per run of neighbouring ranges, in a thread of its own.
 """
 
 import asyncio
@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from kvrelay.clock import Clock
 from kvrelay.errors import KvCorrupt, PeerUnavailable
@@ -32,27 +32,28 @@ _RUN_NUM_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`num_blocks` neighbours at the holder that become neighbours here."""
+    """`num_bytes` at the holder that become as many here."""
 
-    source: int
-    target: int
-    num_blocks: int
+    source_offset: int
+    target_offset: int
+    num_bytes: int
 
 
-def runs_of(copies: Sequence[BlockCopy], *, max_blocks: int) -> list[Run]:
-    """`copies` in order, neighbours on both sides joined, at most `max_blocks` in a run."""
+def runs_of(copies: Sequence[BlockCopy], *, max_bytes: int) -> list[Run]:
+    """`copies` in order, neighbours on both sides joined while a run has at most `max_bytes`."""
     runs: list[Run] = []
     for copy in copies:
         last = runs[-1] if runs else None
         if (
             last is not None
-            and last.num_blocks < max_blocks
-            and copy.source == last.source + last.num_blocks
-            and copy.target == last.target + last.num_blocks
+            and last.num_bytes + copy.num_bytes <= max_bytes
+            and copy.source_offset == last.source_offset + last.num_bytes
+            and copy.target_offset == last.target_offset + last.num_bytes
         ):
-            runs[-1] = Run(last.source, last.target, last.num_blocks + 1)
+            num_bytes = last.num_bytes + copy.num_bytes
+            runs[-1] = Run(last.source_offset, last.target_offset, num_bytes)
         else:
-            runs.append(Run(copy.source, copy.target, 1))
+            runs.append(Run(copy.source_offset, copy.target_offset, copy.num_bytes))
     return runs
 
 
@@ -60,6 +61,7 @@ class ShmTransport:
     """See `KvTransport`. For processes of one user on one host, in one network namespace."""
 
     name = "shm"
+    lands_on: Literal["host", "device"] = "host"
 
     def __init__(
         self,
@@ -84,18 +86,15 @@ class ShmTransport:
         """`cache` must be shareable."""
         assert self._registered is None, "registered twice"
         assert cache.fd is not None, "the cache is not shareable"
-        said = manifest.CacheManifest(
+        said = manifest.MemoryManifest(
             worker_id=self._worker_id,
             epoch=self._epoch,
-            layout=cache.layout,
-            num_blocks=cache.num_blocks,
+            num_bytes=cache.num_bytes,
         )
         self._registered = _Registered(
-            layout_num_bytes=cache.layout.block_num_bytes,
-            blocks=cache.tensor.view(torch.uint8).view(cache.num_blocks, -1).numpy(),
+            memory=cache.bytes,
             server=DescriptorServer(cache.fd, manifest.encode(said), max_peers=self._max_peers),
             peers=PeerMemories(
-                cache.layout,
                 max_peers=self._max_peers,
                 connect_timeout_s=self._connect_timeout_s,
             ),
@@ -108,12 +107,14 @@ class ShmTransport:
     def can_pull(self, offer: TransportOffer) -> bool:
         return offer.name == self.name and offer.host == self._host
 
+    def prepare(self, remote: RemoteHold) -> bool:
+        """Always: what is missing is opened when it is first pulled."""
+        return True
+
     async def pull(self, remote: RemoteHold, copies: Sequence[BlockCopy]) -> PullStats:
-        """Also raises `KvCorrupt` and `Incompatible`, for a holder that describes its memory
-        wrongly or lays it out otherwise. Whether the hold lasted is left to `Release`.
-        """
+        """Whether the hold lasted is left to `Release`."""
         here = self._here
-        assert all(0 <= copy.target < len(here.blocks) for copy in copies)
+        assert all(0 <= copy.target_offset <= len(here.memory) - copy.num_bytes for copy in copies)
         started = self._clock.now()
         async with here.peers.use(remote) as memory:
             _check_sources(memory, copies, remote)
@@ -121,7 +122,7 @@ class ShmTransport:
             if not is_whole or not memory.is_alive():
                 raise PeerUnavailable(f"holder {remote.worker_id} or we went away during a pull")
         return PullStats(
-            num_bytes=len(copies) * here.layout_num_bytes,
+            num_bytes=sum(copy.num_bytes for copy in copies),
             elapsed_s=self._clock.now() - started,
         )
 
@@ -147,15 +148,14 @@ class ShmTransport:
     async def _copy(self, memory: PeerMemory, copies: Sequence[BlockCopy]) -> bool:
         """Whether all was copied. When this returns or raises, nothing is being copied."""
         here = self._here
-        max_blocks = max(1, _RUN_NUM_BYTES // here.layout_num_bytes)
         stop = threading.Event()
         self._stops.add(stop)
         copying = asyncio.get_running_loop().run_in_executor(
             here.executor,
             _copy_runs,
             memory,
-            here.blocks,
-            runs_of(copies, max_blocks=max_blocks),
+            here.memory,
+            runs_of(copies, max_bytes=_RUN_NUM_BYTES),
             stop,
         )
         try:
@@ -174,8 +174,7 @@ class ShmTransport:
 class _Registered:
     """What exists between `register` and `close`."""
 
-    layout_num_bytes: int
-    blocks: npt.NDArray[np.uint8]
+    memory: npt.NDArray[np.uint8]
     server: DescriptorServer
     peers: PeerMemories
     executor: ThreadPoolExecutor
@@ -183,10 +182,10 @@ class _Registered:
 
 def _check_sources(memory: PeerMemory, copies: Sequence[BlockCopy], remote: RemoteHold) -> None:
     for copy in copies:
-        if not 0 <= copy.source < memory.num_blocks:
+        if not 0 <= copy.source_offset <= memory.num_bytes - copy.num_bytes:
             raise KvCorrupt(
-                f"block {copy.source} announced by {remote.worker_id}, "
-                f"which has {memory.num_blocks}"
+                f"{copy.num_bytes} bytes at {copy.source_offset} announced by {remote.worker_id}, "
+                f"which has {memory.num_bytes}"
             )
 
 
@@ -198,7 +197,7 @@ def _copy_runs(
             return False
         # numpy lets go of the interpreter for the length of each copy.
         np.copyto(
-            target[run.target : run.target + run.num_blocks],
-            memory.blocks[run.source : run.source + run.num_blocks],
+            target[run.target_offset : run.target_offset + run.num_bytes],
+            memory.bytes[run.source_offset : run.source_offset + run.num_bytes],
         )
     return True

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from kvrelay.errors import HandoffLost, Incompatible, KvCorrupt, PeerUnavailable
-from kvrelay.kv.layout import KvLayout
+from kvrelay.errors import HandoffLost, KvCorrupt, PeerUnavailable
 from kvrelay.transfer import manifest
 from kvrelay.transfer.base import RemoteHold
 from kvrelay.transfer.shm_serve import ADDRESS_PREFIX, peer_uid
@@ -27,21 +26,22 @@ log = structlog.get_logger(__name__)
 class PeerMemory:
     """One peer's cache, mapped read-only, and the connection that proves the peer alive."""
 
-    def __init__(self, connection: socket.socket, fd: int, num_blocks: int, num_bytes: int) -> None:
+    def __init__(self, connection: socket.socket, fd: int, num_bytes: int) -> None:
         self.num_users = 0
         self.is_retired = False
-        self.num_blocks = num_blocks
+        self.num_bytes = num_bytes
+        self.closing = ExitStack()
+        """What else ends with the mapping, for whoever keeps something beside it."""
         self._connection = connection
         self._loop: asyncio.AbstractEventLoop | None = None
         self._map = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-        self._blocks: npt.NDArray[np.uint8] | None
-        self._blocks = np.frombuffer(self._map, np.uint8).reshape(num_blocks, -1)
+        self._bytes: npt.NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8)
 
     @property
-    def blocks(self) -> npt.NDArray[np.uint8]:
-        """[num_blocks, block_num_bytes]; no reference to it may outlive `close`."""
-        assert self._blocks is not None, "the mapping is closed"
-        return self._blocks
+    def bytes(self) -> npt.NDArray[np.uint8]:
+        """[num_bytes]; no reference to it may outlive `close`."""
+        assert self._bytes is not None, "the mapping is closed"
+        return self._bytes
 
     def is_alive(self) -> bool:
         """Whether the holder still serves this memory."""
@@ -65,7 +65,8 @@ class PeerMemory:
 
     def close(self) -> None:
         self.unwatch()
-        self._blocks = None
+        self.closing.close()
+        self._bytes = None
         self._map.close()
         self._connection.close()
 
@@ -76,8 +77,7 @@ class PeerMemories:
     A memory in use is never unmapped: it is retired, and its last user closes it.
     """
 
-    def __init__(self, layout: KvLayout, *, max_peers: int, connect_timeout_s: float) -> None:
-        self._layout = layout
+    def __init__(self, *, max_peers: int, connect_timeout_s: float) -> None:
         self._max_peers = max_peers
         self._connect_timeout_s = connect_timeout_s
         self._memories: OrderedDict[tuple[str, str], PeerMemory] = OrderedDict()
@@ -89,7 +89,6 @@ class PeerMemories:
 
         Raises:
             HandoffLost: another epoch answers: the holder restarted.
-            Incompatible: the holder's layout is not ours.
             KvCorrupt: what the holder sent is not a sealed cache of the size it claims.
             PeerUnavailable: the holder does not answer.
         """
@@ -132,7 +131,7 @@ class PeerMemories:
         self._memories[key] = memory
         # Mapped memory of a dead holder is memory that nobody else gets.
         memory.watch(lambda: self._retire(key))
-        log.info("shm.mapped", holder=remote.worker_id, num_blocks=memory.num_blocks)
+        log.info("shm.mapped", holder=remote.worker_id, num_bytes=memory.num_bytes)
         return memory
 
     async def _mapped(self, remote: RemoteHold) -> PeerMemory:
@@ -144,7 +143,7 @@ class PeerMemories:
             raw, fd = await self._ask(connection, remote)
             try:
                 said = self._checked(raw, fd, remote)
-                memory = PeerMemory(connection, fd, said.num_blocks, said.num_bytes)
+                memory = PeerMemory(connection, fd, said.num_bytes)
             except OSError as error:
                 raise PeerUnavailable(
                     f"the memory of {remote.worker_id} cannot be mapped: {error.strerror}"
@@ -178,7 +177,7 @@ class PeerMemories:
             raise KvCorrupt(f"holder {remote.worker_id} sent no descriptor or too much")
         return raw, fds[0]
 
-    def _checked(self, raw: bytes, fd: int, remote: RemoteHold) -> manifest.CacheManifest:
+    def _checked(self, raw: bytes, fd: int, remote: RemoteHold) -> manifest.MemoryManifest:
         """The manifest, once everything that mapping relies on was found true."""
         said = manifest.decode(raw)
         if (said.worker_id, said.epoch) != (remote.worker_id, remote.epoch):
@@ -186,8 +185,6 @@ class PeerMemories:
                 f"worker {said.worker_id} of epoch {said.epoch} answers for "
                 f"{remote.worker_id} of epoch {remote.epoch}"
             )
-        if said.layout != self._layout:
-            raise Incompatible(f"layout {said.layout} != {self._layout}")
         if os.fstat(fd).st_size != said.num_bytes:
             raise KvCorrupt(f"memory of {os.fstat(fd).st_size} bytes, {said.num_bytes} announced")
         try:

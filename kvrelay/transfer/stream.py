@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from kvrelay.clock import Clock
 from kvrelay.config import TlsFiles
@@ -27,9 +28,8 @@ _MAX_INDEXES = 4096
 """Most blocks that one `Read` may name."""
 
 
-def read_frames(cache: KvCache, block_id: int) -> Iterator[tuple[int, bytes]]:
-    """The block's bytes as (offset, at most `FRAME_NUM_BYTES` bytes), each copied once."""
-    view = cache.block_bytes(block_id)
+def read_frames(view: memoryview) -> Iterator[tuple[int, bytes]]:
+    """A block's bytes as (offset, at most `FRAME_NUM_BYTES` bytes), each copied once."""
     for offset in range(0, len(view), FRAME_NUM_BYTES):
         yield offset, bytes(view[offset : offset + FRAME_NUM_BYTES])
 
@@ -38,16 +38,19 @@ class StreamTransport:
     """See `KvTransport`. Dials `RemoteHold.address`; the offer needs no address of its own."""
 
     name = "stream"
+    lands_on: Literal["host", "device"] = "host"
 
     def __init__(
         self,
         *,
         worker_id: str,
+        epoch: str,
         clock: Clock,
         tls: TlsFiles | None = None,
         max_channels: int = 64,
     ) -> None:
         self._worker_id = worker_id
+        self._epoch = epoch
         self._channels = Channels(tls=tls, max_idle=max_channels)
         self._clock = clock
         self._cache: KvCache | None = None
@@ -63,6 +66,10 @@ class StreamTransport:
     def can_pull(self, offer: TransportOffer) -> bool:
         return offer.name == self.name
 
+    def prepare(self, remote: RemoteHold) -> bool:
+        """Always: what is missing is opened when it is first pulled."""
+        return True
+
     async def pull(self, remote: RemoteHold, copies: Sequence[BlockCopy]) -> PullStats:
         """Also raises `KvCorrupt` for frames that are not what was asked for, and what the
         holder's status says.
@@ -75,7 +82,7 @@ class StreamTransport:
             for first in range(0, len(copies), _MAX_INDEXES):
                 await self._read(stub, remote, copies[first : first + _MAX_INDEXES])
         return PullStats(
-            num_bytes=len(copies) * self._cache.layout.block_num_bytes,
+            num_bytes=sum(copy.num_bytes for copy in copies),
             elapsed_s=self._clock.now() - started,
         )
 
@@ -95,7 +102,9 @@ class StreamTransport:
         request = handoff_pb2.ReadRequest(
             handoff_id=remote.handoff_id,
             puller_id=self._worker_id,
+            puller_epoch=self._epoch,
             epoch=remote.epoch,
+            ticket=remote.ticket,
             indexes=[copy.index for copy in copies],
         )
         landing = _Landing(self._cache, copies)
@@ -119,7 +128,6 @@ class _Landing:
     def __init__(self, cache: KvCache, copies: Sequence[BlockCopy]) -> None:
         self._cache = cache
         self._copies = copies
-        self._block_num_bytes = cache.layout.block_num_bytes
         self._num_landed = 0
         self._offset = 0
 
@@ -134,14 +142,14 @@ class _Landing:
             )
         data = frame.data
         end = self._offset + len(data)
-        if not 0 < len(data) <= FRAME_NUM_BYTES or end > self._block_num_bytes:
+        if not 0 < len(data) <= FRAME_NUM_BYTES or end > copy.num_bytes:
             raise KvCorrupt(
                 f"frame of {len(data)} bytes at {self._offset}, "
-                f"blocks have {self._block_num_bytes}, frames {FRAME_NUM_BYTES}"
+                f"the block has {copy.num_bytes}, frames {FRAME_NUM_BYTES}"
             )
-        self._cache.block_bytes(copy.target)[self._offset : end] = data
+        self._cache.range_bytes(copy.target_offset + self._offset, len(data))[:] = data
         self._offset = end
-        if end == self._block_num_bytes:
+        if end == copy.num_bytes:
             self._num_landed += 1
             self._offset = 0
 

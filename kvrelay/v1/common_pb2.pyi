@@ -152,7 +152,7 @@ class KvLayout(_message.Message):
     head_dim: _builtins.int
     """Numbers in one head."""
     dtype: _builtins.str
-    """`bfloat16` or `float32`."""
+    """`bfloat16`, `float32`, `fp8` or `int8`."""
     def __init__(
         self,
         *,
@@ -400,6 +400,7 @@ class Ledger(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     LOST_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    MOVE_GAPS_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """128 bits, 32 lower-case hex digits."""
     ttft_s: _builtins.float
@@ -436,8 +437,8 @@ class Ledger(_message.Message):
 
     @_builtins.property
     def gap1_stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]:
-        """Sum to `gap1_s` where KV was handed over: pull_wait, transfer, verify, release, join,
-        first_step. Empty where it was not.
+        """Sum to `gap1_s` where KV was handed over: pull_wait, grant_wait, transfer, verify, release,
+        join, first_step. Empty where it was not.
         """
 
     @_builtins.property
@@ -447,6 +448,12 @@ class Ledger(_message.Message):
     @_builtins.property
     def lost_attempts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Why earlier attempts were given up, oldest first, as failure reasons."""
+
+    @_builtins.property
+    def move_gaps_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """One for each move from one decode worker to another: from the last token before to the first
+        after, in seconds.
+        """
 
     def __init__(
         self,
@@ -469,10 +476,11 @@ class Ledger(_message.Message):
         usage: Global___Usage | None = ...,
         outcome: _builtins.str = ...,
         lost_attempts: _abc.Iterable[_builtins.str] | None = ...,
+        move_gaps_s: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_handoff_tax_s", b"_handoff_tax_s", "handoff_tax_s", b"handoff_tax_s", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_handoff_tax_s", b"_handoff_tax_s", "attempts", b"attempts", "decode_worker", b"decode_worker", "e2e_s", b"e2e_s", "gap1_s", b"gap1_s", "gap1_stages", b"gap1_stages", "handoff_num_bytes", b"handoff_num_bytes", "handoff_tax_s", b"handoff_tax_s", "lost_attempts", b"lost_attempts", "outcome", b"outcome", "overlapped_num_bytes", b"overlapped_num_bytes", "prefill_worker", b"prefill_worker", "request_id", b"request_id", "route_reason", b"route_reason", "tpot_s", b"tpot_s", "transport", b"transport", "ttft_s", b"ttft_s", "ttft_stages", b"ttft_stages", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_handoff_tax_s", b"_handoff_tax_s", "attempts", b"attempts", "decode_worker", b"decode_worker", "e2e_s", b"e2e_s", "gap1_s", b"gap1_s", "gap1_stages", b"gap1_stages", "handoff_num_bytes", b"handoff_num_bytes", "handoff_tax_s", b"handoff_tax_s", "lost_attempts", b"lost_attempts", "move_gaps_s", b"move_gaps_s", "outcome", b"outcome", "overlapped_num_bytes", b"overlapped_num_bytes", "prefill_worker", b"prefill_worker", "request_id", b"request_id", "route_reason", b"route_reason", "tpot_s", b"tpot_s", "transport", b"transport", "ttft_s", b"ttft_s", "ttft_stages", b"ttft_stages", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__handoff_tax_s: _TypeAlias = _typing.Literal["handoff_tax_s"]  # noqa: Y015
     _WhichOneofArgType__handoff_tax_s: _TypeAlias = _typing.Literal["_handoff_tax_s", b"_handoff_tax_s"]  # noqa: Y015

@@ -25,27 +25,33 @@ _sym_db = _symbol_database.Default()
 from kvrelay.v1 import common_pb2 as kvrelay_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/decode.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"w\n\rDecodeRequest\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.DecodeSubmitH\x00\x12+\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x19.kvrelay.v1.CancelAttemptH\x00\x42\r\n\x0binstruction\"\xf5\x01\n\x0c\x44\x65\x63odeSubmit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11\x65mitted_token_ids\x18\x04 \x03(\r\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12$\n\x04pull\x18\x08 \x01(\x0b\x32\x16.kvrelay.v1.PullSource\x12\x12\n\ncache_salt\x18\t \x01(\x0c\"~\n\nPullSource\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12)\n\x05offer\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.TransportOffer\"\x94\x01\n\x0e\x44\x65\x63odeResponse\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.ResponseHeader\x12+\n\x07outputs\x18\x02 \x03(\x0b\x32\x1a.kvrelay.v1.SequenceOutput\x12)\n\x06\x66\x61iled\x18\x03 \x03(\x0b\x32\x19.kvrelay.v1.FailedAttempt\"\xe3\x01\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12*\n\x07handoff\x18\x06 \x01(\x0b\x32\x19.kvrelay.v1.HandoffTiming\x12*\n\x07prefill\x18\x07 \x01(\x0b\x32\x19.kvrelay.v1.PrefillTiming\"\xd0\x01\n\rHandoffTiming\x12\x12\n\ntransfer_s\x18\x01 \x01(\x01\x12\x10\n\x08verify_s\x18\x02 \x01(\x01\x12\x11\n\trelease_s\x18\x03 \x01(\x01\x12\x0e\n\x06join_s\x18\x04 \x01(\x01\x12\x14\n\x0c\x66irst_step_s\x18\x05 \x01(\x01\x12\x11\n\tnum_bytes\x18\x06 \x01(\x03\x12\x1c\n\x14overlapped_num_bytes\x18\x07 \x01(\x03\x12\x11\n\ttransport\x18\x08 \x01(\t\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\t \x01(\r\"Q\n\rPrefillTiming\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r2T\n\rDecodeService\x12\x43\n\x06\x44\x65\x63ode\x12\x19.kvrelay.v1.DecodeRequest\x1a\x1a.kvrelay.v1.DecodeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/decode.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"\xda\x01\n\rDecodeRequest\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.DecodeSubmitH\x00\x12+\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x19.kvrelay.v1.CancelAttemptH\x00\x12)\n\thand_over\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.HandOverH\x00\x12\x36\n\x10\x63\x61ncel_hand_over\x18\x04 \x01(\x0b\x32\x1a.kvrelay.v1.CancelHandOverH\x00\x42\r\n\x0binstruction\"V\n\x08HandOver\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nhandoff_id\x18\x03 \x01(\t\x12\x11\n\tpuller_id\x18\x04 \x01(\t\"I\n\x0e\x43\x61ncelHandOver\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nhandoff_id\x18\x03 \x01(\t\"\xf5\x01\n\x0c\x44\x65\x63odeSubmit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11\x65mitted_token_ids\x18\x04 \x03(\r\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12$\n\x04pull\x18\x08 \x01(\x0b\x32\x16.kvrelay.v1.PullSource\x12\x12\n\ncache_salt\x18\t \x01(\x0c\"\xd4\x01\n\nPullSource\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12)\n\x05offer\x18\x05 \x01(\x0b\x32\x1a.kvrelay.v1.TransportOffer\x12\x0e\n\x06ticket\x18\x06 \x01(\x0c\x12\x12\n\nis_running\x18\x07 \x01(\x08\x12\x30\n\x0cother_offers\x18\x08 \x03(\x0b\x32\x1a.kvrelay.v1.TransportOffer\"\xbd\x01\n\x0e\x44\x65\x63odeResponse\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.ResponseHeader\x12+\n\x07outputs\x18\x02 \x03(\x0b\x32\x1a.kvrelay.v1.SequenceOutput\x12)\n\x06\x66\x61iled\x18\x03 \x03(\x0b\x32\x19.kvrelay.v1.FailedAttempt\x12\'\n\x05moved\x18\x04 \x03(\x0b\x32\x18.kvrelay.v1.MovedAttempt\"H\n\x0cMovedAttempt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0bnum_outputs\x18\x03 \x01(\r\"\xe3\x01\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12*\n\x07handoff\x18\x06 \x01(\x0b\x32\x19.kvrelay.v1.HandoffTiming\x12*\n\x07prefill\x18\x07 \x01(\x0b\x32\x19.kvrelay.v1.PrefillTiming\"\xe6\x01\n\rHandoffTiming\x12\x14\n\x0cgrant_wait_s\x18\n \x01(\x01\x12\x12\n\ntransfer_s\x18\x01 \x01(\x01\x12\x10\n\x08verify_s\x18\x02 \x01(\x01\x12\x11\n\trelease_s\x18\x03 \x01(\x01\x12\x0e\n\x06join_s\x18\x04 \x01(\x01\x12\x14\n\x0c\x66irst_step_s\x18\x05 \x01(\x01\x12\x11\n\tnum_bytes\x18\x06 \x01(\x03\x12\x1c\n\x14overlapped_num_bytes\x18\x07 \x01(\x03\x12\x11\n\ttransport\x18\x08 \x01(\t\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\t \x01(\r\"Q\n\rPrefillTiming\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r2T\n\rDecodeService\x12\x43\n\x06\x44\x65\x63ode\x12\x19.kvrelay.v1.DecodeRequest\x1a\x1a.kvrelay.v1.DecodeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvrelay.v1.decode_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DECODEREQUEST']._serialized_start=64
-  _globals['_DECODEREQUEST']._serialized_end=183
-  _globals['_DECODESUBMIT']._serialized_start=186
-  _globals['_DECODESUBMIT']._serialized_end=431
-  _globals['_PULLSOURCE']._serialized_start=433
-  _globals['_PULLSOURCE']._serialized_end=559
-  _globals['_DECODERESPONSE']._serialized_start=562
-  _globals['_DECODERESPONSE']._serialized_end=710
-  _globals['_SEQUENCEOUTPUT']._serialized_start=713
-  _globals['_SEQUENCEOUTPUT']._serialized_end=940
-  _globals['_HANDOFFTIMING']._serialized_start=943
-  _globals['_HANDOFFTIMING']._serialized_end=1151
-  _globals['_PREFILLTIMING']._serialized_start=1153
-  _globals['_PREFILLTIMING']._serialized_end=1234
-  _globals['_DECODESERVICE']._serialized_start=1236
-  _globals['_DECODESERVICE']._serialized_end=1320
+  _globals['_DECODEREQUEST']._serialized_start=65
+  _globals['_DECODEREQUEST']._serialized_end=283
+  _globals['_HANDOVER']._serialized_start=285
+  _globals['_HANDOVER']._serialized_end=371
+  _globals['_CANCELHANDOVER']._serialized_start=373
+  _globals['_CANCELHANDOVER']._serialized_end=446
+  _globals['_DECODESUBMIT']._serialized_start=449
+  _globals['_DECODESUBMIT']._serialized_end=694
+  _globals['_PULLSOURCE']._serialized_start=697
+  _globals['_PULLSOURCE']._serialized_end=909
+  _globals['_DECODERESPONSE']._serialized_start=912
+  _globals['_DECODERESPONSE']._serialized_end=1101
+  _globals['_MOVEDATTEMPT']._serialized_start=1103
+  _globals['_MOVEDATTEMPT']._serialized_end=1175
+  _globals['_SEQUENCEOUTPUT']._serialized_start=1178
+  _globals['_SEQUENCEOUTPUT']._serialized_end=1405
+  _globals['_HANDOFFTIMING']._serialized_start=1408
+  _globals['_HANDOFFTIMING']._serialized_end=1638
+  _globals['_PREFILLTIMING']._serialized_start=1640
+  _globals['_PREFILLTIMING']._serialized_end=1721
+  _globals['_DECODESERVICE']._serialized_start=1723
+  _globals['_DECODESERVICE']._serialized_end=1807
 # @@protoc_insertion_point(module_scope)

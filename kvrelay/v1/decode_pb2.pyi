@@ -27,6 +27,8 @@ class DecodeRequest(_message.Message):
 
     SUBMIT_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    HAND_OVER_FIELD_NUMBER: _builtins.int
+    CANCEL_HAND_OVER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def submit(self) -> Global___DecodeSubmit:
         """Generate."""
@@ -37,21 +39,98 @@ class DecodeRequest(_message.Message):
         are ignored.
         """
 
+    @_builtins.property
+    def hand_over(self) -> Global___HandOver:
+        """Hold a running attempt for another decode worker."""
+
+    @_builtins.property
+    def cancel_hand_over(self) -> Global___CancelHandOver:
+        """Forget a `hand_over` that was not released: the attempt runs on here."""
+
     def __init__(
         self,
         *,
         submit: Global___DecodeSubmit | None = ...,
         cancel: _common_pb2.CancelAttempt | None = ...,
+        hand_over: Global___HandOver | None = ...,
+        cancel_hand_over: Global___CancelHandOver | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "instruction", b"instruction", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "cancel_hand_over", b"cancel_hand_over", "hand_over", b"hand_over", "instruction", b"instruction", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "instruction", b"instruction", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "cancel_hand_over", b"cancel_hand_over", "hand_over", b"hand_over", "instruction", b"instruction", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_instruction: _TypeAlias = _typing.Literal["submit", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_instruction: _TypeAlias = _typing.Literal["submit", "cancel", "hand_over", "cancel_hand_over"]  # noqa: Y015
     _WhichOneofArgType_instruction: _TypeAlias = _typing.Literal["instruction", b"instruction"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_instruction) -> _WhichOneofReturnType_instruction | None: ...
 
 Global___DecodeRequest: _TypeAlias = DecodeRequest  # noqa: Y015
+
+@_typing.final
+class HandOver(_message.Message):
+    """Moves a running attempt: its KV is held for the puller while it runs on, until the puller
+    freezes it. After the release there is a `moved`; if the hold lapses, it runs on here. An
+    attempt that does not run, or ends before, leaves nothing to pull.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    HANDOFF_ID_FIELD_NUMBER: _builtins.int
+    PULLER_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request."""
+    attempt: _builtins.int
+    """Which try of it."""
+    handoff_id: _builtins.str
+    """Minted by the coordinator, 32 lower-case hex digits. Names the hold."""
+    puller_id: _builtins.str
+    """worker_id of the only worker that may pull it."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        handoff_id: _builtins.str = ...,
+        puller_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "handoff_id", b"handoff_id", "puller_id", b"puller_id", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandOver: _TypeAlias = HandOver  # noqa: Y015
+
+@_typing.final
+class CancelHandOver(_message.Message):
+    """Names a `hand_over` that is no longer wanted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    HANDOFF_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request."""
+    attempt: _builtins.int
+    """Which try of it."""
+    handoff_id: _builtins.str
+    """The hold."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        handoff_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "handoff_id", b"handoff_id", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelHandOver: _TypeAlias = CancelHandOver  # noqa: Y015
 
 @_typing.final
 class DecodeSubmit(_message.Message):
@@ -128,6 +207,9 @@ class PullSource(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     OFFER_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    IS_RUNNING_FIELD_NUMBER: _builtins.int
+    OTHER_OFFERS_FIELD_NUMBER: _builtins.int
     handoff_id: _builtins.str
     """Minted by the coordinator."""
     worker_id: _builtins.str
@@ -136,9 +218,19 @@ class PullSource(_message.Message):
     """Its epoch. Another epoch at the same address does not hold it."""
     address: _builtins.str
     """HOST:PORT of its gRPC server."""
+    ticket: _builtins.bytes
+    """Signed for this handoff, its holder and this worker."""
+    is_running: _builtins.bool
+    """Whether the holder is a decode worker that computes the sequence now. Its generated tokens
+    come with their KV, and those since `emitted_token_ids` are told again.
+    """
     @_builtins.property
     def offer(self) -> _common_pb2.TransportOffer:
-        """The transport to use, as the holder offers it."""
+        """The transport to use, as the holder offers it: the best that both have."""
+
+    @_builtins.property
+    def other_offers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TransportOffer]:
+        """What else both have, best first, for as long as the best is not ready. At most 15."""
 
     def __init__(
         self,
@@ -148,10 +240,13 @@ class PullSource(_message.Message):
         epoch: _builtins.str = ...,
         address: _builtins.str = ...,
         offer: _common_pb2.TransportOffer | None = ...,
+        ticket: _builtins.bytes = ...,
+        is_running: _builtins.bool = ...,
+        other_offers: _abc.Iterable[_common_pb2.TransportOffer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["offer", b"offer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "handoff_id", b"handoff_id", "offer", b"offer", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "handoff_id", b"handoff_id", "is_running", b"is_running", "offer", b"offer", "other_offers", b"other_offers", "ticket", b"ticket", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -166,6 +261,7 @@ class DecodeResponse(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    MOVED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> _common_pb2.ResponseHeader:
         """Who answers."""
@@ -178,20 +274,55 @@ class DecodeResponse(_message.Message):
     def failed(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FailedAttempt]:
         """Attempts that ended badly."""
 
+    @_builtins.property
+    def moved(self) -> _containers.RepeatedCompositeFieldContainer[Global___MovedAttempt]:
+        """Attempts that another worker goes on with. Their last tokens were told before."""
+
     def __init__(
         self,
         *,
         header: _common_pb2.ResponseHeader | None = ...,
         outputs: _abc.Iterable[Global___SequenceOutput] | None = ...,
         failed: _abc.Iterable[_common_pb2.FailedAttempt] | None = ...,
+        moved: _abc.Iterable[Global___MovedAttempt] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "header", b"header", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "header", b"header", "moved", b"moved", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DecodeResponse: _TypeAlias = DecodeResponse  # noqa: Y015
+
+@_typing.final
+class MovedAttempt(_message.Message):
+    """An attempt that was released to another decode worker; nothing follows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    NUM_OUTPUTS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request."""
+    attempt: _builtins.int
+    """Which try of it."""
+    num_outputs: _builtins.int
+    """Generated tokens so far."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        num_outputs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "num_outputs", b"num_outputs", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MovedAttempt: _TypeAlias = MovedAttempt  # noqa: Y015
 
 @_typing.final
 class SequenceOutput(_message.Message):
@@ -254,6 +385,7 @@ class HandoffTiming(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    GRANT_WAIT_S_FIELD_NUMBER: _builtins.int
     TRANSFER_S_FIELD_NUMBER: _builtins.int
     VERIFY_S_FIELD_NUMBER: _builtins.int
     RELEASE_S_FIELD_NUMBER: _builtins.int
@@ -263,6 +395,8 @@ class HandoffTiming(_message.Message):
     OVERLAPPED_NUM_BYTES_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    grant_wait_s: _builtins.float
+    """From the first announced block until the engine had blocks for it, in seconds."""
     transfer_s: _builtins.float
     """From the holder's last announcement until all bytes had landed, in seconds."""
     verify_s: _builtins.float
@@ -284,6 +418,7 @@ class HandoffTiming(_message.Message):
     def __init__(
         self,
         *,
+        grant_wait_s: _builtins.float = ...,
         transfer_s: _builtins.float = ...,
         verify_s: _builtins.float = ...,
         release_s: _builtins.float = ...,
@@ -296,7 +431,7 @@ class HandoffTiming(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "first_step_s", b"first_step_s", "join_s", b"join_s", "num_bytes", b"num_bytes", "overlapped_num_bytes", b"overlapped_num_bytes", "release_s", b"release_s", "transfer_s", b"transfer_s", "transport", b"transport", "verify_s", b"verify_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "first_step_s", b"first_step_s", "grant_wait_s", b"grant_wait_s", "join_s", b"join_s", "num_bytes", b"num_bytes", "overlapped_num_bytes", b"overlapped_num_bytes", "release_s", b"release_s", "transfer_s", b"transfer_s", "transport", b"transport", "verify_s", b"verify_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

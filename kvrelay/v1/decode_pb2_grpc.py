@@ -52,8 +52,8 @@ class DecodeServiceServicer:
         The coordinator sends `submit` once per attempt and `cancel` when the attempt is no
         longer wanted, at any time. The worker sends one message per engine step. Every submitted
         attempt that is not cancelled gets outputs with gapless positions, the last with a
-        finish reason, or one `failed`. When the session ends, for whatever reason, all its
-        attempts are cancelled and their blocks freed.
+        finish reason, one `moved`, or one `failed`. When the session ends, for whatever reason, all
+        its attempts are cancelled and their blocks freed.
 
         The worker sends its initial metadata as soon as the session stands.
 

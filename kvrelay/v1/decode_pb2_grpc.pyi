@@ -39,8 +39,8 @@ class DecodeServiceStub:
     The coordinator sends `submit` once per attempt and `cancel` when the attempt is no
     longer wanted, at any time. The worker sends one message per engine step. Every submitted
     attempt that is not cancelled gets outputs with gapless positions, the last with a
-    finish reason, or one `failed`. When the session ends, for whatever reason, all its
-    attempts are cancelled and their blocks freed.
+    finish reason, one `moved`, or one `failed`. When the session ends, for whatever reason, all
+    its attempts are cancelled and their blocks freed.
 
     The worker sends its initial metadata as soon as the session stands.
 
@@ -59,8 +59,8 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     The coordinator sends `submit` once per attempt and `cancel` when the attempt is no
     longer wanted, at any time. The worker sends one message per engine step. Every submitted
     attempt that is not cancelled gets outputs with gapless positions, the last with a
-    finish reason, or one `failed`. When the session ends, for whatever reason, all its
-    attempts are cancelled and their blocks freed.
+    finish reason, one `moved`, or one `failed`. When the session ends, for whatever reason, all
+    its attempts are cancelled and their blocks freed.
 
     The worker sends its initial metadata as soon as the session stands.
 
@@ -82,8 +82,8 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         The coordinator sends `submit` once per attempt and `cancel` when the attempt is no
         longer wanted, at any time. The worker sends one message per engine step. Every submitted
         attempt that is not cancelled gets outputs with gapless positions, the last with a
-        finish reason, or one `failed`. When the session ends, for whatever reason, all its
-        attempts are cancelled and their blocks freed.
+        finish reason, one `moved`, or one `failed`. When the session ends, for whatever reason, all
+        its attempts are cancelled and their blocks freed.
 
         The worker sends its initial metadata as soon as the session stands.
 

@@ -29,15 +29,34 @@ class PullRequest(_message.Message):
     PULLER_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    PULLER_EPOCH_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    WIRE_DTYPE_FIELD_NUMBER: _builtins.int
+    DIGEST_KIND_FIELD_NUMBER: _builtins.int
+    LIMIT_TOKENS_FIELD_NUMBER: _builtins.int
     handoff_id: _builtins.str
     """Minted by the coordinator."""
     puller_id: _builtins.str
     """worker_id of the puller."""
     epoch: _builtins.str
     """Epoch of the holder, as the coordinator knows it."""
+    puller_epoch: _builtins.str
+    """Epoch of the puller."""
+    ticket: _builtins.bytes
+    """Signed by the coordinator for exactly this handoff, holder and puller."""
+    wire_dtype: _builtins.str
+    """KV dtype that the puller would like to move: `bfloat16`, `float32`, `fp8` or `int8`. The holder
+    packs if that is narrower than its own; `opened` tells what is moved.
+    """
+    digest_kind: _builtins.str
+    """How blocks are to be digested: `xxh3` or `lanes64`."""
+    limit_tokens: _builtins.int
+    """Most tokens whose KV the puller has room for; a running sequence is stopped before it has
+    more. 0: no limit.
+    """
     @_builtins.property
     def fingerprint(self) -> _common_pb2.Fingerprint:
-        """The puller's fingerprint. Must equal the holder's."""
+        """The puller's fingerprint. The two must be able to be paired; block size and KV dtype may differ."""
 
     def __init__(
         self,
@@ -46,10 +65,15 @@ class PullRequest(_message.Message):
         puller_id: _builtins.str = ...,
         epoch: _builtins.str = ...,
         fingerprint: _common_pb2.Fingerprint | None = ...,
+        puller_epoch: _builtins.str = ...,
+        ticket: _builtins.bytes = ...,
+        wire_dtype: _builtins.str = ...,
+        digest_kind: _builtins.str = ...,
+        limit_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fingerprint", b"fingerprint", "handoff_id", b"handoff_id", "puller_id", b"puller_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest_kind", b"digest_kind", "epoch", b"epoch", "fingerprint", b"fingerprint", "handoff_id", b"handoff_id", "limit_tokens", b"limit_tokens", "puller_epoch", b"puller_epoch", "puller_id", b"puller_id", "ticket", b"ticket", "wire_dtype", b"wire_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -64,6 +88,7 @@ class PullResponse(_message.Message):
     OPENED_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___PullOpened:
         """The hold exists. First and once."""
@@ -76,18 +101,23 @@ class PullResponse(_message.Message):
     def complete(self) -> Global___PullComplete:
         """Everything is ready. Last and once."""
 
+    @_builtins.property
+    def digests(self) -> Global___PullDigests:
+        """Digests of blocks announced before."""
+
     def __init__(
         self,
         *,
         opened: Global___PullOpened | None = ...,
         blocks: Global___PullBlocks | None = ...,
         complete: Global___PullComplete | None = ...,
+        digests: Global___PullDigests | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "complete", b"complete", "event", b"event", "opened", b"opened"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "complete", b"complete", "digests", b"digests", "event", b"event", "opened", b"opened"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "complete", b"complete", "event", b"event", "opened", b"opened"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "complete", b"complete", "digests", b"digests", "event", b"event", "opened", b"opened"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["opened", "blocks", "complete"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["opened", "blocks", "complete", "digests"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -95,25 +125,35 @@ Global___PullResponse: _TypeAlias = PullResponse  # noqa: Y015
 
 @_typing.final
 class PullOpened(_message.Message):
-    """The size of a handoff."""
+    """What a handoff is made of."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    WIRE_LAYOUT_FIELD_NUMBER: _builtins.int
+    IS_RUNNING_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
-    """Tokens of the prompt."""
+    """Tokens whose KV is held: those of the prompt, and for a running sequence those it has now."""
     num_blocks: _builtins.int
-    """Blocks of the prompt; the last may be partly filled."""
+    """Blocks for them; the last may be partly filled."""
+    is_running: _builtins.bool
+    """Whether the sequence runs, so that there may be more blocks than these."""
+    @_builtins.property
+    def wire_layout(self) -> _common_pb2.KvLayout:
+        """Layout of the blocks that are moved: the holder's block size, and the dtype it packed to."""
+
     def __init__(
         self,
         *,
         num_tokens: _builtins.int = ...,
         num_blocks: _builtins.int = ...,
+        wire_layout: _common_pb2.KvLayout | None = ...,
+        is_running: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wire_layout", b"wire_layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_blocks", b"num_blocks", "num_tokens", b"num_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_running", b"is_running", "num_blocks", b"num_blocks", "num_tokens", b"num_tokens", "wire_layout", b"wire_layout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -149,61 +189,89 @@ Global___PullBlocks: _TypeAlias = PullBlocks  # noqa: Y015
 
 @_typing.final
 class HeldBlock(_message.Message):
-    """One held block and its content's digest."""
+    """One held block."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    BLOCK_ID_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
-    DIGEST_FIELD_NUMBER: _builtins.int
-    block_id: _builtins.int
-    """Index in the holder's cache."""
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """Grows each time the holder gives the block's content up."""
-    digest: _builtins.int
-    """xxh3-64 of the block's bytes."""
+    offset_bytes: _builtins.int
+    """Of the block's bytes, in the memory that the holder registered with its transports."""
     def __init__(
         self,
         *,
-        block_id: _builtins.int = ...,
         generation: _builtins.int = ...,
-        digest: _builtins.int = ...,
+        offset_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_id", b"block_id", "digest", b"digest", "generation", b"generation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "offset_bytes", b"offset_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeldBlock: _TypeAlias = HeldBlock  # noqa: Y015
 
 @_typing.final
-class PullComplete(_message.Message):
-    """The end of a prefill."""
+class PullDigests(_message.Message):
+    """Digests of a run of announced blocks. They come after the blocks, so that bytes may move while
+    they are computed.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    FIRST_TOKEN_ID_FIELD_NUMBER: _builtins.int
-    NUM_TOKENS_FIELD_NUMBER: _builtins.int
-    DIGEST_FIELD_NUMBER: _builtins.int
-    first_token_id: _builtins.int
-    """The first generated token: position 0."""
-    num_tokens: _builtins.int
-    """Tokens of the prompt; the position of the first generated token."""
-    digest: _builtins.bytes
-    """BLAKE2b-128 over handoff_id, num_tokens, first_token_id, the prompt's token ids and all
-    block digests in order (see `kvrelay.transfer.digest`). It binds the bytes to the prompt.
-    """
+    FIRST_INDEX_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    first_index: _builtins.int
+    """Index in the handoff of the first, from 0; runs follow each other without a gap."""
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """64 bits of each block's bytes, as moved."""
+
     def __init__(
         self,
         *,
-        first_token_id: _builtins.int = ...,
-        num_tokens: _builtins.int = ...,
-        digest: _builtins.bytes = ...,
+        first_index: _builtins.int = ...,
+        digests: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "first_token_id", b"first_token_id", "num_tokens", b"num_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "first_index", b"first_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullDigests: _TypeAlias = PullDigests  # noqa: Y015
+
+@_typing.final
+class PullComplete(_message.Message):
+    """The last word of a holder."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """Tokens whose KV is held."""
+    digest: _builtins.bytes
+    """BLAKE2b-128 over handoff_id, num_tokens, the prompt's and the generated token ids and all
+    block digests in order (see `kvrelay.transfer.digest`). It binds the bytes to the tokens.
+    """
+    @_builtins.property
+    def output_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All generated tokens, from position 0, at least one; the last has no KV yet."""
+
+    def __init__(
+        self,
+        *,
+        num_tokens: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+        output_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "num_tokens", b"num_tokens", "output_token_ids", b"output_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -219,12 +287,18 @@ class ReadRequest(_message.Message):
     PULLER_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     INDEXES_FIELD_NUMBER: _builtins.int
+    PULLER_EPOCH_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     handoff_id: _builtins.str
     """Minted by the coordinator."""
     puller_id: _builtins.str
     """worker_id of the puller."""
     epoch: _builtins.str
     """Epoch of the holder."""
+    puller_epoch: _builtins.str
+    """As in `PullRequest`."""
+    ticket: _builtins.bytes
+    """As in `PullRequest`."""
     @_builtins.property
     def indexes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indexes in the handoff, each announced, at most 4096."""
@@ -236,10 +310,12 @@ class ReadRequest(_message.Message):
         puller_id: _builtins.str = ...,
         epoch: _builtins.str = ...,
         indexes: _abc.Iterable[_builtins.int] | None = ...,
+        puller_epoch: _builtins.str = ...,
+        ticket: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "handoff_id", b"handoff_id", "indexes", b"indexes", "puller_id", b"puller_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "handoff_id", b"handoff_id", "indexes", b"indexes", "puller_epoch", b"puller_epoch", "puller_id", b"puller_id", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -276,6 +352,68 @@ class ReadResponse(_message.Message):
 Global___ReadResponse: _TypeAlias = ReadResponse  # noqa: Y015
 
 @_typing.final
+class FreezeRequest(_message.Message):
+    """Asks a running sequence to stop."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDOFF_ID_FIELD_NUMBER: _builtins.int
+    PULLER_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    PULLER_EPOCH_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    handoff_id: _builtins.str
+    """Minted by the coordinator."""
+    puller_id: _builtins.str
+    """worker_id of the puller."""
+    epoch: _builtins.str
+    """Epoch of the holder."""
+    puller_epoch: _builtins.str
+    """As in `PullRequest`."""
+    ticket: _builtins.bytes
+    """As in `PullRequest`."""
+    def __init__(
+        self,
+        *,
+        handoff_id: _builtins.str = ...,
+        puller_id: _builtins.str = ...,
+        epoch: _builtins.str = ...,
+        puller_epoch: _builtins.str = ...,
+        ticket: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "handoff_id", b"handoff_id", "puller_epoch", b"puller_epoch", "puller_id", b"puller_id", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FreezeRequest: _TypeAlias = FreezeRequest  # noqa: Y015
+
+@_typing.final
+class FreezeResponse(_message.Message):
+    """It stops, or has stopped."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> _common_pb2.ResponseHeader:
+        """Who answers."""
+
+    def __init__(
+        self,
+        *,
+        header: _common_pb2.ResponseHeader | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FreezeResponse: _TypeAlias = FreezeResponse  # noqa: Y015
+
+@_typing.final
 class ReleaseRequest(_message.Message):
     """Asks for the fence."""
 
@@ -285,12 +423,18 @@ class ReleaseRequest(_message.Message):
     PULLER_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     GENERATIONS_FIELD_NUMBER: _builtins.int
+    PULLER_EPOCH_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     handoff_id: _builtins.str
     """Minted by the coordinator."""
     puller_id: _builtins.str
     """worker_id of the puller."""
     epoch: _builtins.str
     """Epoch of the holder."""
+    puller_epoch: _builtins.str
+    """As in `PullRequest`."""
+    ticket: _builtins.bytes
+    """As in `PullRequest`."""
     @_builtins.property
     def generations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Generations of all blocks as announced, in order."""
@@ -302,10 +446,12 @@ class ReleaseRequest(_message.Message):
         puller_id: _builtins.str = ...,
         epoch: _builtins.str = ...,
         generations: _abc.Iterable[_builtins.int] | None = ...,
+        puller_epoch: _builtins.str = ...,
+        ticket: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generations", b"generations", "handoff_id", b"handoff_id", "puller_id", b"puller_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generations", b"generations", "handoff_id", b"handoff_id", "puller_epoch", b"puller_epoch", "puller_id", b"puller_id", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -334,3 +480,145 @@ class ReleaseResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseResponse: _TypeAlias = ReleaseResponse  # noqa: Y015
+
+@_typing.final
+class OpenLinkRequest(_message.Message):
+    """Asks for a communicator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDOFF_ID_FIELD_NUMBER: _builtins.int
+    PULLER_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    PULLER_EPOCH_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    UNIQUE_ID_FIELD_NUMBER: _builtins.int
+    handoff_id: _builtins.str
+    """Minted by the coordinator."""
+    puller_id: _builtins.str
+    """worker_id of the puller."""
+    epoch: _builtins.str
+    """Epoch of the holder."""
+    puller_epoch: _builtins.str
+    """As in `PullRequest`."""
+    ticket: _builtins.bytes
+    """As in `PullRequest`."""
+    unique_id: _builtins.bytes
+    """NCCL's id of the communicator, at most 256 bytes. Whoever knows it could join."""
+    def __init__(
+        self,
+        *,
+        handoff_id: _builtins.str = ...,
+        puller_id: _builtins.str = ...,
+        epoch: _builtins.str = ...,
+        puller_epoch: _builtins.str = ...,
+        ticket: _builtins.bytes = ...,
+        unique_id: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "handoff_id", b"handoff_id", "puller_epoch", b"puller_epoch", "puller_id", b"puller_id", "ticket", b"ticket", "unique_id", b"unique_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenLinkRequest: _TypeAlias = OpenLinkRequest  # noqa: Y015
+
+@_typing.final
+class OpenLinkResponse(_message.Message):
+    """The holder joins, in its own time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> _common_pb2.ResponseHeader:
+        """Who answers."""
+
+    def __init__(
+        self,
+        *,
+        header: _common_pb2.ResponseHeader | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenLinkResponse: _TypeAlias = OpenLinkResponse  # noqa: Y015
+
+@_typing.final
+class SendRequest(_message.Message):
+    """Asks for bytes through a link."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDOFF_ID_FIELD_NUMBER: _builtins.int
+    PULLER_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    PULLER_EPOCH_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    LINK_ID_FIELD_NUMBER: _builtins.int
+    INDEXES_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    handoff_id: _builtins.str
+    """Minted by the coordinator."""
+    puller_id: _builtins.str
+    """worker_id of the puller."""
+    epoch: _builtins.str
+    """Epoch of the holder."""
+    puller_epoch: _builtins.str
+    """As in `PullRequest`."""
+    ticket: _builtins.bytes
+    """As in `PullRequest`."""
+    link_id: _builtins.str
+    """The link: BLAKE2b-128 of its unique id, in hex."""
+    sequence: _builtins.int
+    """Transfers on this link before this one; both sides count."""
+    @_builtins.property
+    def indexes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Indexes in the handoff, each announced, at most 4096."""
+
+    def __init__(
+        self,
+        *,
+        handoff_id: _builtins.str = ...,
+        puller_id: _builtins.str = ...,
+        epoch: _builtins.str = ...,
+        puller_epoch: _builtins.str = ...,
+        ticket: _builtins.bytes = ...,
+        link_id: _builtins.str = ...,
+        indexes: _abc.Iterable[_builtins.int] | None = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "handoff_id", b"handoff_id", "indexes", b"indexes", "link_id", b"link_id", "puller_epoch", b"puller_epoch", "puller_id", b"puller_id", "sequence", b"sequence", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendRequest: _TypeAlias = SendRequest  # noqa: Y015
+
+@_typing.final
+class SendResponse(_message.Message):
+    """The blocks have left the holder's memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> _common_pb2.ResponseHeader:
+        """Who answers."""
+
+    def __init__(
+        self,
+        *,
+        header: _common_pb2.ResponseHeader | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendResponse: _TypeAlias = SendResponse  # noqa: Y015

@@ -26,11 +26,15 @@ if _version_not_supported:
 
 
 class HandoffServiceStub:
-    """Hands held KV to the one worker it is held for. Served by prefill workers.
+    """Hands held KV to the one worker it is held for. Served by every worker: prefill workers hold
+    prompts, decode workers hold sequences that move.
 
     The puller decides the pace: it opens `Pull`, moves bytes by the transport of its choice,
     verifies the digest of what landed, and calls `Release`. Only an OK from `Release` makes
     the bytes usable: it says that no block of the hold was ever given up meanwhile.
+
+    Every request carries the ticket that the coordinator signed for this handoff. A ticket names
+    both workers and their epochs, and dies with its hold.
     """
 
     def __init__(self, channel):
@@ -49,37 +53,57 @@ class HandoffServiceStub:
                 request_serializer=kvrelay_dot_v1_dot_handoff__pb2.ReadRequest.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_handoff__pb2.ReadResponse.FromString,
                 _registered_method=True)
+        self.Freeze = channel.unary_unary(
+                '/kvrelay.v1.HandoffService/Freeze',
+                request_serializer=kvrelay_dot_v1_dot_handoff__pb2.FreezeRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_handoff__pb2.FreezeResponse.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/kvrelay.v1.HandoffService/Release',
                 request_serializer=kvrelay_dot_v1_dot_handoff__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_handoff__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.OpenLink = channel.unary_unary(
+                '/kvrelay.v1.HandoffService/OpenLink',
+                request_serializer=kvrelay_dot_v1_dot_handoff__pb2.OpenLinkRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_handoff__pb2.OpenLinkResponse.FromString,
+                _registered_method=True)
+        self.Send = channel.unary_unary(
+                '/kvrelay.v1.HandoffService/Send',
+                request_serializer=kvrelay_dot_v1_dot_handoff__pb2.SendRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_handoff__pb2.SendResponse.FromString,
+                _registered_method=True)
 
 
 class HandoffServiceServicer:
-    """Hands held KV to the one worker it is held for. Served by prefill workers.
+    """Hands held KV to the one worker it is held for. Served by every worker: prefill workers hold
+    prompts, decode workers hold sequences that move.
 
     The puller decides the pace: it opens `Pull`, moves bytes by the transport of its choice,
     verifies the digest of what landed, and calls `Release`. Only an OK from `Release` makes
     the bytes usable: it says that no block of the hold was ever given up meanwhile.
+
+    Every request carries the ticket that the coordinator signed for this handoff. A ticket names
+    both workers and their epochs, and dies with its hold.
     """
 
     def Pull(self, request, context):
-        """Announces the blocks of a hold as their chunks are computed.
+        """Announces the blocks of a hold as their KV comes to be.
 
-        The stream is one `opened`, zero or more `blocks`, and one `complete`; it then stays open
-        until the hold ends, so that the holder sees its puller alive and the puller hears of a
-        lapse at once. It may be opened before the prefill was submitted; it then waits for it, at
-        most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
+        The stream is one `opened`; `blocks` and `digests`, the blocks first; and one `complete`. It
+        then stays open until the hold ends, so that the holder sees its puller alive and the puller
+        hears of a lapse at once. It may be opened before the hold was begun; it then waits for it,
+        at most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
         opened again.
 
         A prompt whose first token was its last leaves nothing to pull: the stream stays silent and
         ends with NOT_FOUND when the holder forgets it.
 
-        Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if epoch or
-        fingerprint differ; PERMISSION_DENIED if it is held for another worker;
-        RESOURCE_EXHAUSTED if too many pulls wait for prefills that were never submitted;
-        INVALID_ARGUMENT for a malformed id.
+        Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if the epoch
+        differs or the fingerprints cannot be paired; PERMISSION_DENIED if the ticket is not genuine
+        or it is held for another worker; RESOURCE_EXHAUSTED if too many pulls wait for holds that
+        were never begun; UNAVAILABLE from a worker that is in no pool, since it cannot tell a
+        ticket; INVALID_ARGUMENT for a malformed id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +116,18 @@ class HandoffServiceServicer:
 
         Errors: as `Pull`, but for the fingerprint; INVALID_ARGUMENT for a block that is not
         announced, or too many.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Freeze(self, request, context):
+        """Stops a running sequence that is held for the caller, after the step it is in.
+
+        Its last block is then announced, and the hold completes. If the hold lapses, the sequence
+        runs on where it is. Safe to repeat; for the KV of a prompt there is nothing to stop.
+
+        Errors: as `Read`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,6 +147,26 @@ class HandoffServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenLink(self, request, context):
+        """Makes the holder join a communicator of two ranks as rank 0. Used by the `nccl` transport,
+        off the path of any request.
+
+        Errors: as `Read`, and UNIMPLEMENTED by a worker without that transport.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Send(self, request, context):
+        """Makes the holder send announced blocks through a link, in the order asked for; it answers
+        when they have left its memory. Used by the `nccl` transport.
+
+        Errors: as `Read`; NOT_FOUND for a link that is unknown or was closed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HandoffServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -124,10 +180,25 @@ def add_HandoffServiceServicer_to_server(servicer, server):
                     request_deserializer=kvrelay_dot_v1_dot_handoff__pb2.ReadRequest.FromString,
                     response_serializer=kvrelay_dot_v1_dot_handoff__pb2.ReadResponse.SerializeToString,
             ),
+            'Freeze': grpc.unary_unary_rpc_method_handler(
+                    servicer.Freeze,
+                    request_deserializer=kvrelay_dot_v1_dot_handoff__pb2.FreezeRequest.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_handoff__pb2.FreezeResponse.SerializeToString,
+            ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
                     request_deserializer=kvrelay_dot_v1_dot_handoff__pb2.ReleaseRequest.FromString,
                     response_serializer=kvrelay_dot_v1_dot_handoff__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'OpenLink': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenLink,
+                    request_deserializer=kvrelay_dot_v1_dot_handoff__pb2.OpenLinkRequest.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_handoff__pb2.OpenLinkResponse.SerializeToString,
+            ),
+            'Send': grpc.unary_unary_rpc_method_handler(
+                    servicer.Send,
+                    request_deserializer=kvrelay_dot_v1_dot_handoff__pb2.SendRequest.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_handoff__pb2.SendResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -138,11 +209,15 @@ def add_HandoffServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class HandoffService:
-    """Hands held KV to the one worker it is held for. Served by prefill workers.
+    """Hands held KV to the one worker it is held for. Served by every worker: prefill workers hold
+    prompts, decode workers hold sequences that move.
 
     The puller decides the pace: it opens `Pull`, moves bytes by the transport of its choice,
     verifies the digest of what landed, and calls `Release`. Only an OK from `Release` makes
     the bytes usable: it says that no block of the hold was ever given up meanwhile.
+
+    Every request carries the ticket that the coordinator signed for this handoff. A ticket names
+    both workers and their epochs, and dies with its hold.
     """
 
     @staticmethod
@@ -200,6 +275,33 @@ class HandoffService:
             _registered_method=True)
 
     @staticmethod
+    def Freeze(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrelay.v1.HandoffService/Freeze',
+            kvrelay_dot_v1_dot_handoff__pb2.FreezeRequest.SerializeToString,
+            kvrelay_dot_v1_dot_handoff__pb2.FreezeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Release(request,
             target,
             options=(),
@@ -216,6 +318,60 @@ class HandoffService:
             '/kvrelay.v1.HandoffService/Release',
             kvrelay_dot_v1_dot_handoff__pb2.ReleaseRequest.SerializeToString,
             kvrelay_dot_v1_dot_handoff__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenLink(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrelay.v1.HandoffService/OpenLink',
+            kvrelay_dot_v1_dot_handoff__pb2.OpenLinkRequest.SerializeToString,
+            kvrelay_dot_v1_dot_handoff__pb2.OpenLinkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Send(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrelay.v1.HandoffService/Send',
+            kvrelay_dot_v1_dot_handoff__pb2.SendRequest.SerializeToString,
+            kvrelay_dot_v1_dot_handoff__pb2.SendResponse.FromString,
             options,
             channel_credentials,
             insecure,

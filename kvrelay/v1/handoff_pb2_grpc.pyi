@@ -27,11 +27,15 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class HandoffServiceStub:
-    """Hands held KV to the one worker it is held for. Served by prefill workers.
+    """Hands held KV to the one worker it is held for. Served by every worker: prefill workers hold
+    prompts, decode workers hold sequences that move.
 
     The puller decides the pace: it opens `Pull`, moves bytes by the transport of its choice,
     verifies the digest of what landed, and calls `Release`. Only an OK from `Release` makes
     the bytes usable: it says that no block of the hold was ever given up meanwhile.
+
+    Every request carries the ticket that the coordinator signed for this handoff. A ticket names
+    both workers and their epochs, and dies with its hold.
     """
 
     @_typing.overload
@@ -39,21 +43,22 @@ class HandoffServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> HandoffServiceAsyncStub: ...
     Pull: _grpc.UnaryStreamMultiCallable[_handoff_pb2.PullRequest, _handoff_pb2.PullResponse]
-    """Announces the blocks of a hold as their chunks are computed.
+    """Announces the blocks of a hold as their KV comes to be.
 
-    The stream is one `opened`, zero or more `blocks`, and one `complete`; it then stays open
-    until the hold ends, so that the holder sees its puller alive and the puller hears of a
-    lapse at once. It may be opened before the prefill was submitted; it then waits for it, at
-    most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
+    The stream is one `opened`; `blocks` and `digests`, the blocks first; and one `complete`. It
+    then stays open until the hold ends, so that the holder sees its puller alive and the puller
+    hears of a lapse at once. It may be opened before the hold was begun; it then waits for it,
+    at most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
     opened again.
 
     A prompt whose first token was its last leaves nothing to pull: the stream stays silent and
     ends with NOT_FOUND when the holder forgets it.
 
-    Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if epoch or
-    fingerprint differ; PERMISSION_DENIED if it is held for another worker;
-    RESOURCE_EXHAUSTED if too many pulls wait for prefills that were never submitted;
-    INVALID_ARGUMENT for a malformed id.
+    Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if the epoch
+    differs or the fingerprints cannot be paired; PERMISSION_DENIED if the ticket is not genuine
+    or it is held for another worker; RESOURCE_EXHAUSTED if too many pulls wait for holds that
+    were never begun; UNAVAILABLE from a worker that is in no pool, since it cannot tell a
+    ticket; INVALID_ARGUMENT for a malformed id.
     """
     Read: _grpc.UnaryStreamMultiCallable[_handoff_pb2.ReadRequest, _handoff_pb2.ReadResponse]
     """Streams the bytes of announced blocks, in the order asked for.
@@ -62,6 +67,14 @@ class HandoffServiceStub:
 
     Errors: as `Pull`, but for the fingerprint; INVALID_ARGUMENT for a block that is not
     announced, or too many.
+    """
+    Freeze: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.FreezeRequest, _handoff_pb2.FreezeResponse]
+    """Stops a running sequence that is held for the caller, after the step it is in.
+
+    Its last block is then announced, and the hold completes. If the hold lapses, the sequence
+    runs on where it is. Safe to repeat; for the KV of a prompt there is nothing to stop.
+
+    Errors: as `Read`.
     """
     Release: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.ReleaseRequest, _handoff_pb2.ReleaseResponse]
     """Ends a hold, and says whether it lasted until now.
@@ -73,33 +86,50 @@ class HandoffServiceStub:
     Errors: NOT_FOUND if the hold lapsed: drop the bytes and prefill again;
     FAILED_PRECONDITION if the epoch differs; PERMISSION_DENIED for another worker.
     """
+    OpenLink: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.OpenLinkRequest, _handoff_pb2.OpenLinkResponse]
+    """Makes the holder join a communicator of two ranks as rank 0. Used by the `nccl` transport,
+    off the path of any request.
+
+    Errors: as `Read`, and UNIMPLEMENTED by a worker without that transport.
+    """
+    Send: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.SendRequest, _handoff_pb2.SendResponse]
+    """Makes the holder send announced blocks through a link, in the order asked for; it answers
+    when they have left its memory. Used by the `nccl` transport.
+
+    Errors: as `Read`; NOT_FOUND for a link that is unknown or was closed.
+    """
 
 @_typing.type_check_only
 class HandoffServiceAsyncStub(HandoffServiceStub):
-    """Hands held KV to the one worker it is held for. Served by prefill workers.
+    """Hands held KV to the one worker it is held for. Served by every worker: prefill workers hold
+    prompts, decode workers hold sequences that move.
 
     The puller decides the pace: it opens `Pull`, moves bytes by the transport of its choice,
     verifies the digest of what landed, and calls `Release`. Only an OK from `Release` makes
     the bytes usable: it says that no block of the hold was ever given up meanwhile.
+
+    Every request carries the ticket that the coordinator signed for this handoff. A ticket names
+    both workers and their epochs, and dies with its hold.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Pull: _aio.UnaryStreamMultiCallable[_handoff_pb2.PullRequest, _handoff_pb2.PullResponse]  # type: ignore[assignment]
-    """Announces the blocks of a hold as their chunks are computed.
+    """Announces the blocks of a hold as their KV comes to be.
 
-    The stream is one `opened`, zero or more `blocks`, and one `complete`; it then stays open
-    until the hold ends, so that the holder sees its puller alive and the puller hears of a
-    lapse at once. It may be opened before the prefill was submitted; it then waits for it, at
-    most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
+    The stream is one `opened`; `blocks` and `digests`, the blocks first; and one `complete`. It
+    then stays open until the hold ends, so that the holder sees its puller alive and the puller
+    hears of a lapse at once. It may be opened before the hold was begun; it then waits for it,
+    at most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
     opened again.
 
     A prompt whose first token was its last leaves nothing to pull: the stream stays silent and
     ends with NOT_FOUND when the holder forgets it.
 
-    Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if epoch or
-    fingerprint differ; PERMISSION_DENIED if it is held for another worker;
-    RESOURCE_EXHAUSTED if too many pulls wait for prefills that were never submitted;
-    INVALID_ARGUMENT for a malformed id.
+    Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if the epoch
+    differs or the fingerprints cannot be paired; PERMISSION_DENIED if the ticket is not genuine
+    or it is held for another worker; RESOURCE_EXHAUSTED if too many pulls wait for holds that
+    were never begun; UNAVAILABLE from a worker that is in no pool, since it cannot tell a
+    ticket; INVALID_ARGUMENT for a malformed id.
     """
     Read: _aio.UnaryStreamMultiCallable[_handoff_pb2.ReadRequest, _handoff_pb2.ReadResponse]  # type: ignore[assignment]
     """Streams the bytes of announced blocks, in the order asked for.
@@ -108,6 +138,14 @@ class HandoffServiceAsyncStub(HandoffServiceStub):
 
     Errors: as `Pull`, but for the fingerprint; INVALID_ARGUMENT for a block that is not
     announced, or too many.
+    """
+    Freeze: _aio.UnaryUnaryMultiCallable[_handoff_pb2.FreezeRequest, _handoff_pb2.FreezeResponse]  # type: ignore[assignment]
+    """Stops a running sequence that is held for the caller, after the step it is in.
+
+    Its last block is then announced, and the hold completes. If the hold lapses, the sequence
+    runs on where it is. Safe to repeat; for the KV of a prompt there is nothing to stop.
+
+    Errors: as `Read`.
     """
     Release: _aio.UnaryUnaryMultiCallable[_handoff_pb2.ReleaseRequest, _handoff_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Ends a hold, and says whether it lasted until now.
@@ -119,13 +157,29 @@ class HandoffServiceAsyncStub(HandoffServiceStub):
     Errors: NOT_FOUND if the hold lapsed: drop the bytes and prefill again;
     FAILED_PRECONDITION if the epoch differs; PERMISSION_DENIED for another worker.
     """
+    OpenLink: _aio.UnaryUnaryMultiCallable[_handoff_pb2.OpenLinkRequest, _handoff_pb2.OpenLinkResponse]  # type: ignore[assignment]
+    """Makes the holder join a communicator of two ranks as rank 0. Used by the `nccl` transport,
+    off the path of any request.
+
+    Errors: as `Read`, and UNIMPLEMENTED by a worker without that transport.
+    """
+    Send: _aio.UnaryUnaryMultiCallable[_handoff_pb2.SendRequest, _handoff_pb2.SendResponse]  # type: ignore[assignment]
+    """Makes the holder send announced blocks through a link, in the order asked for; it answers
+    when they have left its memory. Used by the `nccl` transport.
+
+    Errors: as `Read`; NOT_FOUND for a link that is unknown or was closed.
+    """
 
 class HandoffServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Hands held KV to the one worker it is held for. Served by prefill workers.
+    """Hands held KV to the one worker it is held for. Served by every worker: prefill workers hold
+    prompts, decode workers hold sequences that move.
 
     The puller decides the pace: it opens `Pull`, moves bytes by the transport of its choice,
     verifies the digest of what landed, and calls `Release`. Only an OK from `Release` makes
     the bytes usable: it says that no block of the hold was ever given up meanwhile.
+
+    Every request carries the ticket that the coordinator signed for this handoff. A ticket names
+    both workers and their epochs, and dies with its hold.
     """
 
     @_abc_1.abstractmethod
@@ -134,21 +188,22 @@ class HandoffServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _handoff_pb2.PullRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_handoff_pb2.PullResponse], _abc.AsyncIterator[_handoff_pb2.PullResponse]]:
-        """Announces the blocks of a hold as their chunks are computed.
+        """Announces the blocks of a hold as their KV comes to be.
 
-        The stream is one `opened`, zero or more `blocks`, and one `complete`; it then stays open
-        until the hold ends, so that the holder sees its puller alive and the puller hears of a
-        lapse at once. It may be opened before the prefill was submitted; it then waits for it, at
-        most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
+        The stream is one `opened`; `blocks` and `digests`, the blocks first; and one `complete`. It
+        then stays open until the hold ends, so that the holder sees its puller alive and the puller
+        hears of a lapse at once. It may be opened before the hold was begun; it then waits for it,
+        at most the server's `unclaimed_hold_s`. Cancelling it leaves the hold as it is; it may be
         opened again.
 
         A prompt whose first token was its last leaves nothing to pull: the stream stays silent and
         ends with NOT_FOUND when the holder forgets it.
 
-        Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if epoch or
-        fingerprint differ; PERMISSION_DENIED if it is held for another worker;
-        RESOURCE_EXHAUSTED if too many pulls wait for prefills that were never submitted;
-        INVALID_ARGUMENT for a malformed id.
+        Errors: NOT_FOUND if the hold is unknown or has lapsed; FAILED_PRECONDITION if the epoch
+        differs or the fingerprints cannot be paired; PERMISSION_DENIED if the ticket is not genuine
+        or it is held for another worker; RESOURCE_EXHAUSTED if too many pulls wait for holds that
+        were never begun; UNAVAILABLE from a worker that is in no pool, since it cannot tell a
+        ticket; INVALID_ARGUMENT for a malformed id.
         """
 
     @_abc_1.abstractmethod
@@ -166,6 +221,20 @@ class HandoffServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def Freeze(
+        self,
+        request: _handoff_pb2.FreezeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_handoff_pb2.FreezeResponse, _abc.Awaitable[_handoff_pb2.FreezeResponse]]:
+        """Stops a running sequence that is held for the caller, after the step it is in.
+
+        Its last block is then announced, and the hold completes. If the hold lapses, the sequence
+        runs on where it is. Safe to repeat; for the KV of a prompt there is nothing to stop.
+
+        Errors: as `Read`.
+        """
+
+    @_abc_1.abstractmethod
     def Release(
         self,
         request: _handoff_pb2.ReleaseRequest,
@@ -179,6 +248,30 @@ class HandoffServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: NOT_FOUND if the hold lapsed: drop the bytes and prefill again;
         FAILED_PRECONDITION if the epoch differs; PERMISSION_DENIED for another worker.
+        """
+
+    @_abc_1.abstractmethod
+    def OpenLink(
+        self,
+        request: _handoff_pb2.OpenLinkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_handoff_pb2.OpenLinkResponse, _abc.Awaitable[_handoff_pb2.OpenLinkResponse]]:
+        """Makes the holder join a communicator of two ranks as rank 0. Used by the `nccl` transport,
+        off the path of any request.
+
+        Errors: as `Read`, and UNIMPLEMENTED by a worker without that transport.
+        """
+
+    @_abc_1.abstractmethod
+    def Send(
+        self,
+        request: _handoff_pb2.SendRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_handoff_pb2.SendResponse, _abc.Awaitable[_handoff_pb2.SendResponse]]:
+        """Makes the holder send announced blocks through a link, in the order asked for; it answers
+        when they have left its memory. Used by the `nccl` transport.
+
+        Errors: as `Read`; NOT_FOUND for a link that is unknown or was closed.
         """
 
 def add_HandoffServiceServicer_to_server(servicer: HandoffServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -58,16 +58,20 @@ class JoinResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HEARTBEAT_INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    TICKET_KEY_FIELD_NUMBER: _builtins.int
     heartbeat_interval_ms: _builtins.int
     """Interval at which loads are expected, in milliseconds, at least 50."""
+    ticket_key: _builtins.bytes
+    """Signs the tickets of handoffs that this worker holds, 32 bytes, random per membership."""
     def __init__(
         self,
         *,
         heartbeat_interval_ms: _builtins.int = ...,
+        ticket_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval_ms", b"heartbeat_interval_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval_ms", b"heartbeat_interval_ms", "ticket_key", b"ticket_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -149,6 +153,8 @@ class WorkerLoad(_message.Message):
     HANDOFFS_TOTAL_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_TOTAL_FIELD_NUMBER: _builtins.int
     IS_DRAINING_FIELD_NUMBER: _builtins.int
+    WAITING_HANDOFFS_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
     free_blocks: _builtins.int
     """Blocks that hold nothing."""
     cached_blocks: _builtins.int
@@ -173,6 +179,14 @@ class WorkerLoad(_message.Message):
     """Running sequences whose KV was given up to make room."""
     is_draining: _builtins.bool
     """Finishes what it has and takes nothing new."""
+    waiting_handoffs: _builtins.int
+    """Decode: handoffs that have bytes to fetch and wait for blocks. Prefill: holds whose puller
+    has taken nothing of what is ready.
+    """
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkSpeed]:
+        """How fast KV came lately, by peer and transport. At most 256."""
+
     def __init__(
         self,
         *,
@@ -188,14 +202,46 @@ class WorkerLoad(_message.Message):
         handoffs_total: _builtins.int = ...,
         preemptions_total: _builtins.int = ...,
         is_draining: _builtins.bool = ...,
+        waiting_handoffs: _builtins.int = ...,
+        links: _abc.Iterable[Global___LinkSpeed] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "free_blocks", b"free_blocks", "handoff_holds", b"handoff_holds", "handoffs_total", b"handoffs_total", "held_blocks", b"held_blocks", "is_draining", b"is_draining", "preemptions_total", b"preemptions_total", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queued_prompt_tokens", b"queued_prompt_tokens", "running_sequences", b"running_sequences", "step_s", b"step_s", "waiting_sequences", b"waiting_sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "free_blocks", b"free_blocks", "handoff_holds", b"handoff_holds", "handoffs_total", b"handoffs_total", "held_blocks", b"held_blocks", "is_draining", b"is_draining", "links", b"links", "preemptions_total", b"preemptions_total", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queued_prompt_tokens", b"queued_prompt_tokens", "running_sequences", b"running_sequences", "step_s", b"step_s", "waiting_handoffs", b"waiting_handoffs", "waiting_sequences", b"waiting_sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerLoad: _TypeAlias = WorkerLoad  # noqa: Y015
+
+@_typing.final
+class LinkSpeed(_message.Message):
+    """A measured way from another worker to this one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDER_ID_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    holder_id: _builtins.str
+    """worker_id of the holder."""
+    transport: _builtins.str
+    """Name of the transport."""
+    bytes_per_s: _builtins.float
+    """Of pulls lately, the larger counting for more."""
+    def __init__(
+        self,
+        *,
+        holder_id: _builtins.str = ...,
+        transport: _builtins.str = ...,
+        bytes_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "holder_id", b"holder_id", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkSpeed: _TypeAlias = LinkSpeed  # noqa: Y015
 
 @_typing.final
 class GetPoolRequest(_message.Message):

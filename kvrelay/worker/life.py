@@ -83,6 +83,7 @@ async def serve(parts: WorkerParts, service: WorkerService, server: RpcServer) -
         load=load,
         clock=parts.clock,
         tls=settings.tls,
+        on_key=parts.desk.take_key,
     )
     joining = asyncio.create_task(membership.run())
     server.set_serving(True)

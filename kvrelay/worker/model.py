@@ -11,6 +11,7 @@ from kvrelay.config import SettingsError
 from kvrelay.engine.batch import Runner
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
+from kvrelay.kv.staging import StagingPlan
 from kvrelay.model.load import ModelRunner, layout_of, load_runner
 from kvrelay.model.spec import ModelSpec, read_spec
 from kvrelay.native.library import HOW_TO_BUILD
@@ -30,29 +31,40 @@ class LoadedModel:
 
     runner: Runner
     cache: KvCache
+    staging: StagingPlan
     fingerprint: Fingerprint
     bounds: ModelBounds
 
 
-def load_model(settings: WorkerSettings, clock: Clock, cores: CoreShare) -> LoadedModel:
+def load_model(
+    settings: WorkerSettings, clock: Clock, cores: CoreShare, landing_num_bytes: int
+) -> LoadedModel:
     """Load and warm up. Takes seconds; the caller closes the cache.
 
     Raises:
         ModelInvalid: naming the file and the problem.
-        SettingsError: not a single block fits into the memory given.
+        SettingsError: not a single block fits into the memory given, or the device cannot
+            compute with KV of this dtype.
     """
     started_s = clock.now()
     model_dir = resolve_model(settings.model)
     log.info("model.loading", model=read_model_dir(model_dir).name, dtype=settings.dtype)
     spec = read_spec(model_dir)
-    layout = layout_of(spec, dtype=settings.dtype, block_size=settings.block_size)
+    layout = layout_of(spec, dtype=_kv_dtype(settings), block_size=settings.block_size)
     num_blocks = settings.num_blocks or (settings.kv_memory_mib << 20) // layout.block_num_bytes
     if num_blocks == 0:
         raise SettingsError(
             f"kv_memory_mib = {settings.kv_memory_mib}: "
             f"one block of this model takes {layout.block_num_bytes} bytes"
         )
-    runner, cache = _load(model_dir, spec, layout, settings, num_blocks, cores)
+    staging = StagingPlan(
+        layout,
+        num_blocks,
+        # A device's memory does not come on demand.
+        packs=chosen_device(settings) == "cpu",
+        landing_num_bytes=landing_num_bytes,
+    )
+    runner, cache = _load(model_dir, spec, layout, settings, num_blocks, staging.num_bytes, cores)
     loaded_s = clock.now()
     runner.warm_up()
     warm_s = clock.now()
@@ -71,7 +83,13 @@ def load_model(settings: WorkerSettings, clock: Clock, cores: CoreShare) -> Load
         model_digest=model_digest(model_dir), numerics=runner.numerics, layout=layout
     )
     bounds = ModelBounds(vocab_size=spec.vocab_size, context_tokens=spec.max_position_embeddings)
-    return LoadedModel(runner=runner, cache=cache, fingerprint=fingerprint, bounds=bounds)
+    return LoadedModel(
+        runner=runner, cache=cache, staging=staging, fingerprint=fingerprint, bounds=bounds
+    )
+
+
+def _kv_dtype(settings: WorkerSettings) -> str:
+    return settings.dtype if settings.kv_dtype == "auto" else settings.kv_dtype
 
 
 def _load(
@@ -80,12 +98,23 @@ def _load(
     layout: KvLayout,
     settings: WorkerSettings,
     num_blocks: int,
+    staging_num_bytes: int,
     cores: CoreShare,
 ) -> tuple[ModelRunner, KvCache]:
     if chosen_device(settings) == "cuda":
+        if layout.dtype != "bfloat16":
+            raise SettingsError(
+                f"kv_dtype = {settings.kv_dtype}: a CUDA device computes with KV in bfloat16 only; "
+                "device = cpu would do"
+            )
         return load_on_cuda(model_dir, spec, layout, settings, num_blocks=num_blocks)
     assert settings.generation_weights != "fp8", "refused before"
-    cache = KvCache(layout, num_blocks, shareable=settings.transport != "stream")
+    cache = KvCache(
+        layout,
+        num_blocks,
+        shareable=settings.transport != "stream",
+        staging_num_bytes=staging_num_bytes,
+    )
     with ThreadPoolExecutor(1, "populate") as beside:
         populated = beside.submit(cache.populate)
         runner, why_not_native = load_runner(
@@ -96,6 +125,7 @@ def _load(
             generation_weights=settings.generation_weights,
             num_threads=cores.most_threads,
             torch_threads=cores.fixed_threads,
+            dtype=settings.dtype,
         )
         populated.result()
     if why_not_native is not None:

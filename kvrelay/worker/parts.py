@@ -3,7 +3,7 @@
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from kvrelay.engine.cores import Presence
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import StepResult
 from kvrelay.engine.scheduler import Scheduler, StepLimits
+from kvrelay.handoff.desk import TicketDesk
 from kvrelay.kv.block_pool import BlockPool
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.prefix_index import PrefixIndex
 from kvrelay.obs.metrics import WorkerMetrics, serve_metrics
-from kvrelay.transfer.base import KvTransport
-from kvrelay.transfer.build import build_transports
+from kvrelay.transfer.build import TransportBuilder, Transports
 from kvrelay.types import Role, WorkerIdentity
 from kvrelay.worker.bridge import StepBridge, TimedRunner
 from kvrelay.worker.cores import CoreShare, ResizableRunner, SharingRunner, yield_to_others
@@ -54,7 +54,8 @@ class WorkerParts:
     """To be connected before anything is submitted."""
 
     engine: Engine
-    transports: tuple[KvTransport, ...]
+    transports: Transports
+    desk: TicketDesk
 
     def identity_at(self, address: str) -> WorkerIdentity:
         """How the pool knows this worker, which is reached at `address`."""
@@ -67,13 +68,17 @@ class WorkerParts:
             fingerprint=self.model.fingerprint,
             num_blocks=self.model.cache.num_blocks,
             max_sequences=self.settings.max_sequences,
-            offers=tuple(transport.describe() for transport in self.transports),
+            offers=tuple(transport.describe() for transport in self.transports.all),
         )
 
 
 @asynccontextmanager
-async def worker_parts(settings: WorkerSettings, name: Name) -> AsyncIterator[WorkerParts]:
+async def worker_parts(
+    settings: WorkerSettings, name: Name, *, landing_num_bytes: int = 0
+) -> AsyncIterator[WorkerParts]:
     """Load, wire and start; stop it all at the end.
+
+    `landing_num_bytes` are for KV that comes in another form than it is kept in.
 
     Raises:
         ModelInvalid, SettingsError: see `load_model` and `serve_metrics`.
@@ -84,7 +89,9 @@ async def worker_parts(settings: WorkerSettings, name: Name) -> AsyncIterator[Wo
     loop = asyncio.get_running_loop()
     cores = CoreShare.join(name.role, limit=settings.threads)
     starter = ThreadPoolExecutor(1, "start")
-    model = await loop.run_in_executor(starter, load_model, settings, clock, cores)
+    model = await loop.run_in_executor(
+        starter, load_model, settings, clock, cores, landing_num_bytes
+    )
     yield_to_others(settings.nice)  # what computes, not what will serve
     bridge = StepBridge(loop, on_failure=process.crash)
     engine = make_engine(
@@ -96,15 +103,13 @@ async def worker_parts(settings: WorkerSettings, name: Name) -> AsyncIterator[Wo
         clock=clock,
         presence=cores,
     )
-    transports = build_transports(
-        settings.transport,
+    transports = TransportBuilder(
         worker_id=name.worker_id,
         epoch=name.epoch,
         tls=settings.tls,
         clock=clock,
-    )
-    for transport in transports:
-        transport.register(model.cache)
+        on_lost=process.crash,
+    ).build(settings.transport, model.cache)
     exporter = serve_metrics(settings.metrics_listen, registry) if settings.metrics_listen else None
     await loop.run_in_executor(starter, engine.start)
     starter.shutdown()
@@ -118,6 +123,7 @@ async def worker_parts(settings: WorkerSettings, name: Name) -> AsyncIterator[Wo
             bridge=bridge,
             engine=engine,
             transports=transports,
+            desk=TicketDesk(worker_id=name.worker_id, epoch=name.epoch),
         )
     finally:
         await close(engine, transports, model.cache)
@@ -163,9 +169,8 @@ def step_limits(settings: WorkerSettings) -> StepLimits:
     )
 
 
-async def close(engine: Engine, transports: Sequence[KvTransport], cache: KvCache) -> None:
+async def close(engine: Engine, transports: Transports, cache: KvCache) -> None:
     """Stop computing, then moving, then let the memory go."""
     await asyncio.to_thread(engine.stop, ENGINE_STOP_TIMEOUT_S)
-    for transport in transports:
-        await transport.close()
+    await transports.close()
     cache.close()

@@ -29,7 +29,11 @@ class WorkerSettings(ServiceSettings):
     late prompt. But it stands back for everybody, not for decode workers alone."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights and KV. Equal in all workers of a pool."""
+    """Of weights, and of KV unless `kv_dtype` says otherwise. Equal in all workers of a pool."""
+
+    kv_dtype: Literal["auto", "bfloat16", "fp8", "int8"] = "auto"
+    """What KV is kept in. `auto`: `dtype`. fp8 and int8 take half of bfloat16's memory and change
+    logits a little; on the CPU only."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where this worker computes. `auto`: on a CUDA device where there is one that can, else on
@@ -47,7 +51,7 @@ class WorkerSettings(ServiceSettings):
     workers of a pool."""
 
     block_size: Literal[8, 16, 32, 64] = 16
-    """Tokens per KV block. Equal in all workers of a pool."""
+    """Tokens per KV block. Workers of a pool may differ; blocks are cut or joined as they land."""
 
     num_blocks: int = Field(default=0, ge=0)
     """KV blocks of this worker. 0: as many as fit into `kv_memory_mib`."""
@@ -70,6 +74,15 @@ class WorkerSettings(ServiceSettings):
 
     transport: Literal["auto", "shm", "stream"] = "auto"
     """How KV may travel. `auto` uses the best that a pair of workers has in common."""
+
+    hold_s: float = Field(default=30.0, gt=0)
+    """How long finished KV waits for a puller to connect before its blocks are freed."""
+
+    unclaimed_hold_s: float = Field(default=10.0, gt=0)
+    """How long a pull may wait for its hold to begin."""
+
+    max_expected_pulls: int = Field(default=1024, ge=1)
+    """Pulls that may wait so at once; more are refused with QUEUE_FULL."""
 
     drain_s: float = Field(default=30.0, ge=0)
     """How long requests under way may go on after SIGTERM."""

@@ -13,6 +13,7 @@ from kvrelay.rpc import convert
 from kvrelay.types import (
     Fingerprint,
     FinishReason,
+    LinkSpeed,
     Role,
     SamplingParams,
     TransportOffer,
@@ -51,6 +52,9 @@ identities = st.builds(
     max_sequences=positive32,
     offers=st.lists(offers, max_size=convert.MAX_OFFERS).map(tuple),
 )
+links = st.builds(
+    LinkSpeed, holder_id=name, transport=name, bytes_per_s=st.floats(0, 1e15, exclude_min=True)
+)
 loads = st.builds(
     WorkerLoad,
     free_blocks=uint32,
@@ -65,6 +69,8 @@ loads = st.builds(
     handoffs_total=uint63,
     preemptions_total=uint63,
     is_draining=st.booleans(),
+    waiting_handoffs=uint32,
+    links=st.lists(links, max_size=4).map(tuple),
 )
 samplings = st.builds(
     SamplingParams,
@@ -96,6 +102,7 @@ ledgers = st.builds(
     prompt_tokens=uint32,
     completion_tokens=uint32,
     cached_prompt_tokens=uint32,
+    move_gaps_s=st.lists(duration, max_size=3).map(tuple),
 )
 
 
@@ -262,3 +269,44 @@ def test_a_load_that_cannot_be_is_refused(value):
 
     with pytest.raises(InvalidRequest, match=r"load\.step_s"):
         convert.load_from_wire(wire)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("holder_id", ""),
+        ("transport", "x" * 300),
+        ("bytes_per_s", 0.0),
+        ("bytes_per_s", math.nan),
+        ("bytes_per_s", math.inf),
+    ],
+)
+def test_a_link_that_cannot_be_is_refused(field, value):
+    """A speed divides, so 0 is none."""
+    wire = convert.load_to_wire(
+        WorkerLoad(links=(LinkSpeed(holder_id="p0", transport="shm", bytes_per_s=1.0),))
+    )
+    setattr(wire.links[0], field, value)
+
+    with pytest.raises(InvalidRequest, match=rf"link\.{field}"):
+        convert.load_from_wire(wire)
+
+
+def test_too_many_links_are_refused():
+    """As many as a worker remembers, and no more."""
+    wire = convert.load_to_wire(WorkerLoad())
+    for i in range(convert.MAX_LINKS + 1):
+        wire.links.add(holder_id=f"p{i}", transport="shm", bytes_per_s=1.0)
+
+    with pytest.raises(InvalidRequest, match=r"load\.links"):
+        convert.load_from_wire(wire)
+
+
+def test_an_offer_may_bring_as_much_as_a_transport_needs_to_describe_itself():
+    """And not a character more."""
+    wire = convert.offer_to_wire(TransportOffer(name="nixl", address="a" * 4096, host="h"))
+    assert len(convert.offer_from_wire(wire).address) == 4096
+
+    wire.address += "a"
+    with pytest.raises(InvalidRequest, match=r"offer\.address"):
+        convert.offer_from_wire(wire)

@@ -26,10 +26,11 @@ def why_not() -> str | None:
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-def test_interpreted_kernels_agree_with_their_references():
-    """All of tests/gpu/test_kernels.py at its small sizes, in float32."""
+@pytest.mark.parametrize("file", ["tests/gpu/test_kernels.py", "tests/gpu/test_wire_kernels.py"])
+def test_interpreted_kernels_agree_with_their_references(file):
+    """What a forward pass is made of, at small sizes and in float32; and KV on its way."""
     ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "tests/gpu/test_kernels.py"],
+        [sys.executable, "-m", "pytest", "-q", "-x", file],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

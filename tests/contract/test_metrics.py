@@ -29,7 +29,11 @@ COORDINATOR_METRICS = {
     ("kvrelay_request_success_total", "counter", ("finished_reason",)),
     ("kvrelay_request_failure_total", "counter", ("reason",)),
     ("kvrelay_lost_attempts_total", "counter", ("reason",)),
+    ("kvrelay_handoffs_total", "counter", ("transport",)),
     ("kvrelay_handoff_bytes_total", "counter", ("transport",)),
+    ("kvrelay_handoff_overlapped_bytes_total", "counter", ("transport",)),
+    ("kvrelay_moves_total", "counter", ("outcome", "reason")),
+    ("kvrelay_move_gap_seconds", "histogram", ()),
     ("kvrelay_stale_outputs_total", "counter", ()),
     ("kvrelay_pool_workers", "gauge", ("role",)),
     ("kvrelay_worker_blocks", "gauge", ("role", "state", "worker_id")),
@@ -37,6 +41,7 @@ COORDINATOR_METRICS = {
     ("kvrelay_worker_running_sequences", "gauge", ("role", "worker_id")),
     ("kvrelay_worker_waiting_sequences", "gauge", ("role", "worker_id")),
     ("kvrelay_worker_handoff_holds", "gauge", ("role", "worker_id")),
+    ("kvrelay_worker_waiting_handoffs", "gauge", ("role", "worker_id")),
     ("kvrelay_worker_queued_prompt_tokens", "gauge", ("role", "worker_id")),
     ("kvrelay_worker_prefill_tokens_per_second", "gauge", ("role", "worker_id")),
     ("kvrelay_worker_step_seconds", "gauge", ("role", "worker_id")),
@@ -87,13 +92,14 @@ def identity(worker_id, role):
 def handed_over(outcome="stop"):
     """A request with three tokens, the second from another worker."""
     b = LedgerBuilder(request_id="r", arrived_at_s=0.0, prompt_tokens=7, transport="shm")
-    b.cached_prompt_tokens, b.handoff_num_bytes = 4, 4096
+    b.cached_prompt_tokens, b.handoff_num_bytes, b.overlapped_num_bytes = 4, 4096, 1024
     b.dispatched(0.0)
     b.lost("PEER_UNAVAILABLE")
     b.dispatched(1.0)
     b.tokens(2.0, 1)
     b.gap1_stages = {"transfer": 0.5}
     b.tokens(3.0, 1)
+    b.moved()
     b.tokens(3.5, 1)
     return b.build(outcome, 4.0)
 
@@ -104,6 +110,7 @@ def test_the_coordinator_exports_exactly_these_names():
     metrics = CoordinatorMetrics(registry)
     metrics.observe_ended(handed_over())
     metrics.observe_refused("QUEUE_FULL")
+    metrics.observe_move("drain", "moved")
     metrics.observe_pool([(identity("p", Role.PREFILL), WorkerLoad())])
 
     assert exported(registry) == COORDINATOR_METRICS
@@ -135,7 +142,10 @@ def test_an_ended_request_is_counted_where_it_belongs():
     assert value("kvrelay_request_success_total", {"finished_reason": "stop"}) == 1
     assert value("kvrelay_request_failure_total", {"reason": "NO_WORKER"}) == 1
     assert value("kvrelay_lost_attempts_total", {"reason": "PEER_UNAVAILABLE"}) == 2
+    assert value("kvrelay_handoffs_total", {"transport": "shm"}) == 2
     assert value("kvrelay_handoff_bytes_total", {"transport": "shm"}) == 8192
+    assert value("kvrelay_handoff_overlapped_bytes_total", {"transport": "shm"}) == 2048
+    assert value("kvrelay_move_gap_seconds_sum") == 1.0
     assert value("kvrelay_generation_tokens_total") == 6
     assert value("kvrelay_prefix_cache_hit_tokens_total") == 8
     assert value("kvrelay_time_to_first_token_seconds_sum") == 4.0

@@ -1,10 +1,11 @@
 """A token's KV and logits are a function of its sequence alone, bit for bit.
 
 Not of the rest of the batch, of how the prompt was cut, of the number of threads, nor of
-whether a generated token is computed once or replayed.
+whether a generated token is computed once or replayed. Whatever dtype KV is kept in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,16 @@ TORCH += [(name, "bfloat16", "torch") for name in ("grouped", "one-kv-head-of-7"
 NATIVE = [(name, "bfloat16", "bfloat16") for name in SPECS]
 NATIVE += [("blocks", "bfloat16", "int4"), ("blocks", "bfloat16", "int8")]
 NATIVE += [("wide-heads", "bfloat16", "int4")]
+KV_TORCH = [
+    ("grouped", "float32", "torch", "int8"),
+    ("window", "float32", "torch", "fp8"),
+    ("one-kv-head-of-7", "bfloat16", "torch", "int8"),
+]
+KV_NATIVE = [
+    *((name, "bfloat16", "bfloat16", "int8") for name in SPECS),
+    *((name, "bfloat16", "bfloat16", "fp8") for name in ("many-heads", "window", "wide-heads")),
+    ("blocks", "bfloat16", "int4", "fp8"),
+]
 
 needs_native = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 needs_model = (
@@ -62,9 +73,11 @@ needs_model = (
 )
 MODELS = [
     *TORCH,
-    *(pytest.param(model, marks=needs_native) for model in NATIVE),
+    *KV_TORCH,
+    *(pytest.param(model, marks=needs_native) for model in [*NATIVE, *KV_NATIVE]),
     pytest.param(("smollm2", "bfloat16", "torch"), marks=needs_model),
     pytest.param(("smollm2", "bfloat16", "auto"), marks=[*needs_model, needs_native]),
+    pytest.param(("smollm2", "bfloat16", "auto", "int8"), marks=[*needs_model, needs_native]),
 ]
 
 NUM_PROMPT = 300
@@ -83,11 +96,12 @@ class Model:
     blocks: Blocks | None
     """Of the compiled engine; torch has none."""
 
+    kv_dtype: str | None
     prompt_ids: tuple[int, ...]
     output_ids: tuple[int, ...]
     prompt_logits: torch.Tensor
     output_logits: torch.Tensor  # [NUM_OUTPUT, vocab_size]
-    kv: torch.Tensor  # [num_layers, 2, slots, num_kv_heads, head_dim]
+    kv: torch.Tensor  # [num_layers, 2, slots, num_kv_heads, bytes]
 
     @property
     def max_chunks(self) -> int:
@@ -97,11 +111,27 @@ class Model:
     def tokens(self, seed: int, num_tokens: int) -> tuple[int, ...]:
         return tokens(seed, num_tokens, self.spec.vocab_size)
 
+    @contextmanager
+    def runner(
+        self, *, num_threads: int = 1, block_size: int = 16, num_blocks: int = 400
+    ) -> Iterator[tuple[LlamaRunner | NativeRunner, KvCache]]:
+        with runner_of(
+            self.spec,
+            self.weights,
+            blocks=self.blocks,
+            kv_dtype=self.kv_dtype,
+            num_threads=num_threads,
+            block_size=block_size,
+            num_blocks=num_blocks,
+        ) as both:
+            yield both
+
 
 @pytest.fixture(scope="module", params=MODELS, ids="-".join)
 def model(request: pytest.FixtureRequest) -> Model:
-    """`torch`, or what the compiled engine generates with."""
-    name, dtype, generation = request.param
+    """`torch`, or what the compiled engine generates with; and what KV is kept in."""
+    name, dtype, generation, *kv_dtype = request.param
+    kept_in = kv_dtype[0] if kv_dtype else None
     if name in SPECS:
         spec = SPECS[name]()
         weights = tiny_weights(spec, dtype)
@@ -114,7 +144,7 @@ def model(request: pytest.FixtureRequest) -> Model:
     prompt_ids = tokens(1, NUM_PROMPT, spec.vocab_size)
     output_ids = tokens(2, NUM_OUTPUT, spec.vocab_size)
     blocks = table(0, NUM_TABLE_BLOCKS)
-    with runner_of(spec, weights, blocks=own) as (runner, cache):
+    with runner_of(spec, weights, blocks=own, kv_dtype=kept_in) as (runner, cache):
         (prompt_logits,) = runner.step_logits([prompt(prompt_ids, 0, blocks)])
         outputs = [
             runner.step_logits([generated([token], NUM_PROMPT + i, blocks)])[0]
@@ -122,13 +152,17 @@ def model(request: pytest.FixtureRequest) -> Model:
         ]
         kv = kv_of(cache, 0)
     return Model(
-        spec, weights, own, prompt_ids, output_ids, prompt_logits, torch.stack(outputs), kv
+        spec, weights, own, kept_in, prompt_ids, output_ids, prompt_logits, torch.stack(outputs), kv
     )
 
 
 def kv_of(cache: KvCache, first_block: int) -> torch.Tensor:
-    """What lies in the slots of the sequence whose table begins at `first_block`."""
-    kv = cache.tensor[table(first_block, NUM_TABLE_BLOCKS)].permute(1, 2, 0, 3, 4, 5).flatten(2, 3)
+    """The bytes in the slots of the sequence whose table begins at `first_block`."""
+    blocks = table(first_block, NUM_TABLE_BLOCKS)
+    kv = cache.values.view(torch.uint8)[blocks]
+    if cache.scales is not None:
+        kv = torch.cat((kv, cache.scales[blocks].unsqueeze(-1).view(torch.uint8)), dim=-1)
+    kv = kv.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)
     return kv[:, :, : NUM_PROMPT + NUM_OUTPUT].clone()
 
 
@@ -163,10 +197,7 @@ def test_a_prompt_has_the_same_bits_however_it_is_cut(
     """Chunks may begin anywhere in a block, a tile or a prefix that was there already."""
     blocks = table(0, NUM_TABLE_BLOCKS)
     first = max(0, NUM_PROMPT - model.max_chunks * chunk)
-    with runner_of(model.spec, model.weights, blocks=model.blocks, num_threads=num_threads) as (
-        runner,
-        cache,
-    ):
+    with model.runner(num_threads=num_threads) as (runner, cache):
         if first:
             runner.step_logits([prompt(model.prompt_ids[:first], 0, blocks)])
         for start in range(first, NUM_PROMPT, chunk):
@@ -182,12 +213,7 @@ def test_a_sequence_has_the_same_bits_in_any_company(
 ) -> None:
     """Prefilled beside other prompts in uneven chunks, decoded beside others of any length."""
     blocks = table(0, NUM_TABLE_BLOCKS)
-    with runner_of(
-        model.spec, model.weights, blocks=model.blocks, num_threads=num_threads, num_blocks=400
-    ) as (
-        runner,
-        cache,
-    ):
+    with model.runner(num_threads=num_threads) as (runner, cache):
         prompts, decoding = neighbours(runner, model, count)
         runner.step_logits([*prompts[::2], prompt(model.prompt_ids[:123], 0, blocks)])
         rest = prompt(model.prompt_ids[123:], 123, blocks)
@@ -205,10 +231,7 @@ def test_a_sequence_has_the_same_bits_in_any_company(
 def test_replayed_tokens_have_the_bits_they_had_one_by_one(model: Model, num_threads: int) -> None:
     """Several generated tokens of one sequence in one step, alone or beside a prompt."""
     blocks = table(0, NUM_TABLE_BLOCKS)
-    with runner_of(model.spec, model.weights, blocks=model.blocks, num_threads=num_threads) as (
-        runner,
-        cache,
-    ):
+    with model.runner(num_threads=num_threads) as (runner, cache):
         runner.step_logits([prompt(model.prompt_ids, 0, blocks)])
         replay = generated(model.output_ids[:4], NUM_PROMPT, blocks)
         beside = prompt(model.tokens(5, 40), 0, table(30, 3))
@@ -219,7 +242,8 @@ def test_replayed_tokens_have_the_bits_they_had_one_by_one(model: Model, num_thr
 
 
 @needs_native
-def test_the_number_of_threads_may_change_with_every_step() -> None:
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8", "int8"])
+def test_the_number_of_threads_may_change_with_every_step(kv_dtype: str) -> None:
     """As it does where workers share cores: within a prompt, and between generated tokens."""
     spec = SPECS["blocks"]()
     weights = tiny_weights(spec, "bfloat16")
@@ -231,7 +255,7 @@ def test_the_number_of_threads_may_change_with_every_step() -> None:
     ]
     said = []
     for change in (0, 1):
-        with runner_of(spec, weights, blocks=own, num_threads=3) as (runner, _):
+        with runner_of(spec, weights, blocks=own, num_threads=3, kv_dtype=kv_dtype) as (runner, _):
             assert isinstance(runner, NativeRunner)
             for i, step in enumerate(steps):
                 runner.set_threads(1 + change * (i % 3))
@@ -242,8 +266,8 @@ def test_the_number_of_threads_may_change_with_every_step() -> None:
 def test_what_freed_blocks_hold_is_never_seen(model: Model) -> None:
     """NaN left in every slot not yet written changes no bit."""
     blocks = table(0, NUM_TABLE_BLOCKS)
-    with runner_of(model.spec, model.weights, blocks=model.blocks) as (runner, cache):
-        cache.tensor.fill_(torch.nan)
+    with model.runner() as (runner, cache):
+        cache.bytes.fill(0xFF)  # no number in any dtype
         runner.step_logits([prompt(model.prompt_ids[:20], 0, blocks)])
         (logits,) = runner.step_logits([prompt(model.prompt_ids[20:], 20, blocks)])
         assert torch.equal(logits, model.prompt_logits)
@@ -257,12 +281,7 @@ def test_the_block_size_changes_no_logits(model: Model, block_size: int) -> None
     """Key tiles lie at absolute positions, whatever the blocks."""
     num_blocks = -(-(NUM_PROMPT + NUM_OUTPUT) // block_size)
     blocks = table(0, num_blocks)
-    with runner_of(
-        model.spec, model.weights, blocks=model.blocks, block_size=block_size, num_blocks=num_blocks
-    ) as (
-        runner,
-        _,
-    ):
+    with model.runner(block_size=block_size, num_blocks=num_blocks) as (runner, _):
         (logits,) = runner.step_logits([prompt(model.prompt_ids, 0, blocks)])
         assert torch.equal(logits, model.prompt_logits)
         (logits,) = runner.step_logits([generated(model.output_ids, NUM_PROMPT, blocks)])

@@ -1,7 +1,8 @@
 """Messages of yesterday can be read today: nothing on the wire is renumbered, retyped or gone.
 
 `tests/data/wire.txt` is the wire as it once was. It may grow; a line that has to change means a
-new version of the package beside the old one.
+new version of the package beside the old one. What protocol version 2 changed of version 1 was
+rewritten in place, since version 1 was never released.
 """
 
 from pathlib import Path

@@ -227,6 +227,7 @@ class Gated:
     def __init__(self, inner: KvTransport) -> None:
         self.inner = inner
         self.name = inner.name
+        self.lands_on = inner.lands_on
         self.entered = asyncio.Event()
         self.go = asyncio.Event()
 
@@ -239,6 +240,9 @@ class Gated:
     def can_pull(self, offer) -> bool:
         return self.inner.can_pull(offer)
 
+    def prepare(self, remote) -> bool:
+        return self.inner.prepare(remote)
+
     async def pull(self, remote, copies):
         self.entered.set()
         await self.go.wait()
@@ -249,7 +253,7 @@ class Gated:
 
 
 def gate_of(both: Pair, transport: str) -> Gated:
-    return next(t for t in both.puller.transports if t.name == transport)
+    return next(t for t in both.puller.transports.all if t.name == transport)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -321,8 +325,11 @@ class Buggy:
     def __init__(self, inner: HolderClient) -> None:
         self._inner = inner
 
-    async def announcements(self, source):
-        async with contextlib.aclosing(self._inner.announcements(source)) as announcements:
+    def wire_dtype(self, **terms):
+        return self._inner.wire_dtype(**terms)
+
+    async def announcements(self, source, **terms):
+        async with contextlib.aclosing(self._inner.announcements(source, **terms)) as announcements:
             async for announcement in announcements:
                 yield announcement
                 raise RuntimeError("not foreseen")

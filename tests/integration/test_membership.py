@@ -9,6 +9,7 @@ from structlog.testing import capture_logs
 
 from kvrelay.clock import MonotonicClock
 from kvrelay.errors import Draining, Incompatible, InvalidRequest, Unauthenticated
+from kvrelay.handoff.ticket import KEY_NUM_BYTES
 from kvrelay.kv.layout import KvLayout
 from kvrelay.rpc import convert
 from kvrelay.rpc.channel import KEEPALIVE_S, KEEPALIVE_TIMEOUT_S
@@ -36,6 +37,7 @@ class ScriptedPool(pool_pb2_grpc.PoolServiceServicer):
     def __init__(self, *script, interval_s=60.0):
         self._script = list(script)
         self._interval_ms = int(interval_s * 1000)
+        self.num_welcomes = 0
         self.joins = asyncio.Queue()
         self.loads = asyncio.Queue()
         self.left = asyncio.Event()
@@ -48,7 +50,10 @@ class ScriptedPool(pool_pb2_grpc.PoolServiceServicer):
         make_error = self._script.pop(0) if self._script else None
         if make_error:
             raise make_error()
-        yield pool_pb2.JoinResponse(heartbeat_interval_ms=self._interval_ms)
+        self.num_welcomes += 1
+        yield pool_pb2.JoinResponse(
+            heartbeat_interval_ms=self._interval_ms, ticket_key=self.key(self.num_welcomes)
+        )
         reading = asyncio.create_task(self._read(request_iterator))
         ending = asyncio.create_task(self.end.wait())
         try:
@@ -59,6 +64,10 @@ class ScriptedPool(pool_pb2_grpc.PoolServiceServicer):
             for task in (reading, ending):
                 task.cancel()
             await asyncio.gather(reading, ending, return_exceptions=True)
+
+    def key(self, num_welcomes):
+        """Another one with each welcome."""
+        return bytes([num_welcomes]) * KEY_NUM_BYTES
 
     async def _read(self, requests):
         async for request in requests:
@@ -80,12 +89,14 @@ class Worker:
     def __init__(self, address):
         self.coordinator = address
         self.load = WorkerLoad()
+        self.keys = []
         self.membership = Membership(
             identity=IDENTITY,
             coordinator=address,
             load=lambda: self.load,
             clock=MonotonicClock(),
             random=Random(1),
+            on_key=self.keys.append,
         )
 
 
@@ -116,6 +127,35 @@ async def test_a_worker_says_who_it_is_then_how_it_is():
         assert await soon(pool.joins.get()) == IDENTITY
         assert await soon(pool.loads.get()) == WorkerLoad()
         assert worker.membership.is_member
+
+
+async def test_each_membership_brings_its_ticket_key_before_the_first_load():
+    """Who is heard can tell tickets, and so may be given what others shall pull."""
+    pool = ScriptedPool()
+    async with joined(pool) as (worker, _):
+        await soon(pool.loads.get())
+        assert worker.keys == [pool.key(1)]
+        pool.end.set()
+        await soon(pool.loads.get())
+
+        assert worker.keys == [pool.key(1), pool.key(2)]
+
+
+async def test_a_coordinator_that_gives_no_whole_key_is_of_another_version():
+    """No ticket could be told by half of one."""
+
+    class Keyless(ScriptedPool):
+        def key(self, num_welcomes):
+            return b"half"
+
+    server, address = await start_server(Keyless())
+    worker = Worker(address)
+    try:
+        with pytest.raises(Incompatible, match="4 bytes, not 32"):
+            await soon(worker.membership.run())
+    finally:
+        await server.stop()
+    assert worker.keys == []
 
 
 async def test_loads_come_at_the_interval_that_was_told():

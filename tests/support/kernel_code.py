@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvrelay.kernels import (
+    digest,
     few_rows,
     generation_attention,
     many_rows,
@@ -16,9 +17,11 @@ from kvrelay.kernels import (
     prompt_attention,
     rope,
     sampling,
+    wire,
 )
 from kvrelay.kernels.lang import HAS_TRITON
 from kvrelay.kernels.matrix import Kind
+from kvrelay.kv.layout import DTYPE_NUM_BYTES
 
 TOOLS = Path()
 if HAS_TRITON:
@@ -116,6 +119,29 @@ def _few(kind: Kind, data: str, num_rows: int, block_k: int) -> Case:
         num_stages=few_rows.stages_of(kind, num_rows, block_k),
         min_matrix_instructions=1,
         max_shared_num_bytes=SHARED_OF_HOPPER if num_rows > 64 else HALF_OF_HOPPER,
+    )
+
+
+def _rewrite(source: str, target: str) -> Case:
+    seen = {"bfloat16": "*i16", "float32": "*fp32", "fp8": "*u8", "int8": "*i8"}
+    return Case(
+        wire._rewrite_kernel,
+        {
+            "source": seen[source],
+            "target": seen[target],
+            **dict.fromkeys(("source_scales", "target_scales"), "*i16"),
+            **dict.fromkeys(("source_offsets", "target_offsets"), "*i64"),
+        },
+        {
+            "SOURCE": wire.CODES[source],
+            "TARGET": wire.CODES[target],
+            "SOURCE_NUM_BYTES": DTYPE_NUM_BYTES[source],
+            "TARGET_NUM_BYTES": DTYPE_NUM_BYTES[target],
+            "HEAD_DIM": 128,
+            "DIM": 128,
+            "ROWS": wire.TILE // 128,
+        },
+        unaligned=("first_token", "end_token", "source_first", "target_first", "num_heads"),
     )
 
 
@@ -221,5 +247,20 @@ CASES = {
         },
         {"BLOCK": sampling.MAX_BLOCK, "WAYS": sampling.WAYS},
         num_warps=16,
+    ),
+    "packing to int8": _rewrite("bfloat16", "int8"),
+    "packing to fp8": _rewrite("bfloat16", "fp8"),
+    "unpacking of int8": _rewrite("int8", "bfloat16"),
+    "unpacking of fp8": _rewrite("fp8", "bfloat16"),
+    "unpacking as it is": _rewrite("bfloat16", "bfloat16"),
+    "digest": Case(
+        digest._sum_kernel,
+        dict.fromkeys(("words", "offsets", "sums"), "*i64"),
+        {"TILE": digest.TILE, "NUM_TILES": digest.TILES_PER_PROGRAM},
+    ),
+    "end of a digest": Case(
+        digest._finish_kernel,
+        dict.fromkeys(("sums", "out"), "*i64"),
+        {"NUM_PARTS": 128, "PARTS": 128},
     ),
 }

@@ -9,8 +9,12 @@ from kvrelay.kv.layout import KvLayout
 from tests.support.kv_peer import open_peer
 
 
-async def main(kind: str, layout: dict[str, object], num_blocks: int, seed: int) -> None:
-    opened = open_peer(kind, layout=KvLayout(**layout), num_blocks=num_blocks, seed=seed)
+async def main(
+    kind: str, layout: dict[str, object], num_blocks: int, seed: int, worker_id: str
+) -> None:
+    opened = open_peer(
+        kind, layout=KvLayout(**layout), num_blocks=num_blocks, seed=seed, worker_id=worker_id
+    )
     async with opened as peer:
         remote = peer.hold()
         said = {

@@ -9,16 +9,18 @@ from dataclasses import asdict, dataclass
 
 import grpc
 import numpy as np
+import torch
 
 from kvrelay.clock import MonotonicClock
 from kvrelay.errors import HandoffLost
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
 from kvrelay.rpc import status
+from kvrelay.transfer import nixl
 from kvrelay.transfer.base import BlockCopy, KvTransport, RemoteHold
 from kvrelay.transfer.shm import ShmTransport
 from kvrelay.transfer.stream import StreamTransport, read_frames
-from kvrelay.types import BlockId, TransportOffer
+from kvrelay.types import TransportOffer
 from kvrelay.v1 import handoff_pb2, handoff_pb2_grpc
 
 HANDOFF = "handoff-0"
@@ -26,11 +28,23 @@ HANDOFF = "handoff-0"
 SMALL = KvLayout(num_layers=2, block_size=16, num_kv_heads=2, head_dim=8, dtype="float32")
 
 
+def why_not(kind: str) -> str | None:
+    """Why this machine cannot run transports of a kind here; None if it can."""
+    if kind == "nixl" and not nixl.is_installed():
+        return "NIXL is not installed: kvrelay[nixl]"
+    if kind in ("cuda_ipc", "nccl"):
+        return "no CUDA device" if not torch.cuda.is_available() else "runs with `make gpu`"
+    return None
+
+
 def make_transport(kind: str, *, worker_id: str, epoch: str) -> KvTransport:
+    clock = MonotonicClock()
     if kind == "shm":
-        return ShmTransport(worker_id=worker_id, epoch=epoch, clock=MonotonicClock())
+        return ShmTransport(worker_id=worker_id, epoch=epoch, clock=clock)
+    if kind == "nixl":
+        return nixl.NixlTransport(worker_id=worker_id, epoch=epoch, clock=clock)
     assert kind == "stream", kind
-    return StreamTransport(worker_id=worker_id, clock=MonotonicClock())
+    return StreamTransport(worker_id=worker_id, clock=clock)
 
 
 def fill(cache: KvCache, seed: int) -> None:
@@ -40,10 +54,16 @@ def fill(cache: KvCache, seed: int) -> None:
         cache.block_bytes(block_id)[:] = rng.bytes(cache.layout.block_num_bytes)
 
 
-def copies_of(pairs: Sequence[tuple[int, int]]) -> list[BlockCopy]:
-    """One copy per (source, target), in that order; indexes are source ids, as `ScriptedReads`."""
+def copies_of(pairs: Sequence[tuple[int, int]], layout: KvLayout = SMALL) -> list[BlockCopy]:
+    """One copy per (source, target) block, in order; indexes are source ids, as `ScriptedReads`."""
+    num_bytes = layout.block_num_bytes
     return [
-        BlockCopy(index=source, source=BlockId(source), source_generation=0, target=BlockId(target))
+        BlockCopy(
+            index=source,
+            source_offset=source * num_bytes,
+            target_offset=target * num_bytes,
+            num_bytes=num_bytes,
+        )
         for source, target in pairs
     ]
 
@@ -78,7 +98,7 @@ class ScriptedReads(handoff_pb2_grpc.HandoffServiceServicer):
 
     def _frames(self, request: handoff_pb2.ReadRequest) -> Iterator[handoff_pb2.ReadResponse]:
         for index in request.indexes:
-            for offset, data in read_frames(self._cache, index):
+            for offset, data in read_frames(self._cache.block_bytes(index)):
                 yield handoff_pb2.ReadResponse(index=index, offset_bytes=offset, data=data)
 
 
@@ -104,6 +124,9 @@ class Peer:
 
     def block(self, block_id: int) -> bytes:
         return bytes(self.cache.block_bytes(block_id))
+
+    def landed(self, copy: BlockCopy) -> bytes:
+        return bytes(self.cache.range_bytes(copy.target_offset, copy.num_bytes))
 
 
 @asynccontextmanager
@@ -149,7 +172,7 @@ class ChildPeer:
 
 @asynccontextmanager
 async def open_child(
-    kind: str, *, layout: KvLayout, num_blocks: int, seed: int
+    kind: str, *, layout: KvLayout, num_blocks: int, seed: int, worker_id: str = "prefill-0"
 ) -> AsyncIterator[ChildPeer]:
     """The same in a process of its own; it is gone when the block ends."""
     process = await asyncio.create_subprocess_exec(
@@ -157,7 +180,13 @@ async def open_child(
         "-m",
         "tests.support.kv_child",
         json.dumps(
-            {"kind": kind, "layout": asdict(layout), "num_blocks": num_blocks, "seed": seed}
+            {
+                "kind": kind,
+                "layout": asdict(layout),
+                "num_blocks": num_blocks,
+                "seed": seed,
+                "worker_id": worker_id,
+            }
         ),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,

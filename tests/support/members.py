@@ -1,6 +1,7 @@
 """Members of a pool, naming only what a test is about."""
 
 from coordinator.registry import Member
+from kvrelay.handoff.ticket import KEY_NUM_BYTES
 from kvrelay.kv.layout import KvLayout
 from kvrelay.types import Fingerprint, Role, TransportOffer, WorkerIdentity, WorkerLoad
 
@@ -29,6 +30,8 @@ def member(name, role=Role.DECODE, *, load=None, placed=(), **kwargs):
         identity=identity(name, role, **kwargs),
         load=load or WorkerLoad(free_blocks=64),
         heard_at_s=0.0,
+        ticket_key=bytes(KEY_NUM_BYTES),
         is_linked=True,
+        is_heard=True,
         placed={(f"r{i}", 1): tokens for i, tokens in enumerate(placed)},
     )

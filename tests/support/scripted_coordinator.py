@@ -10,15 +10,18 @@ from prometheus_client import CollectorRegistry
 from coordinator.admission import Admission, AdmissionLimits
 from coordinator.canary import Canary
 from coordinator.lifecycle import Patience
+from coordinator.mover import Mover
+from coordinator.moves import MovePlanner, MoveRules
 from coordinator.pool import Pool
 from coordinator.registry import Registry
 from coordinator.relay import Relay
 from coordinator.request import ModelInfo
-from coordinator.router import Disaggregate, PrefixMap, Router, RouteRules
+from coordinator.router import Disaggregate, PrefixMap, Router, RouteRules, common_offer
 from coordinator.service import GenerateServicer, PoolServicer
 from coordinator.turns import Turns
 from coordinator.workers import Workers
 from kvrelay.clock import MonotonicClock
+from kvrelay.handoff.ticket import KEY_NUM_BYTES
 from kvrelay.obs.metrics import CoordinatorMetrics
 from kvrelay.rpc.server import RpcServer, Service
 from kvrelay.types import Role
@@ -58,6 +61,7 @@ class Deployment:
     relay: Relay
     pool: Pool
     canary: Canary
+    mover: Mover
     address: str
     metrics: CollectorRegistry
 
@@ -85,6 +89,7 @@ async def scripted_coordinator(
     suspect_after_s=3.0,
     expect=None,
     max_remembered=64,
+    move_rules=None,
 ):
     clock, ids = MonotonicClock(), itertools.count(1)
 
@@ -99,6 +104,7 @@ async def scripted_coordinator(
         router=Router(rules, PrefixMap(max_blocks_per_worker=64)),
         workers=Workers(tls=None, on_stale=metrics.stale_outputs.inc),
         clock=clock,
+        mint_key=lambda: bytes(KEY_NUM_BYTES),
         on_change=lambda members: None,
     )
     relay = Relay(
@@ -125,6 +131,13 @@ async def scripted_coordinator(
         interval_s=60,
         on_change=lambda ready: server.set_serving(ready),
     )
+    mover = Mover(
+        planner=MovePlanner(move_rules or MoveRules(), common_offer),
+        pool=pool,
+        sessions=relay.sessions,
+        clock=clock,
+        on_end=lambda reason, outcome: metrics.observe_move(reason.value, outcome.value),
+    )
     pool_servicer = PoolServicer(
         pool=pool, relay=relay, canary=canary, clock=clock, heartbeat_interval_s=0.1
     )
@@ -147,7 +160,7 @@ async def scripted_coordinator(
     )
     address = await server.start()
     try:
-        yield Deployment(relay, pool, canary, address, prometheus)
+        yield Deployment(relay, pool, canary, mover, address, prometheus)
     finally:
         await pool.close()
         await server.stop()

@@ -3,6 +3,10 @@
 The next token is a function of all tokens before it, so a worker that was given the wrong
 prompt, or the wrong emitted tokens, gives wrong tokens. Tests hold a worker back with
 `allow`, and make it fail, vanish or repeat itself.
+
+Decode workers that are given each other as `peers` move sequences as real ones do: the one told to
+hand over runs on until the other freezes it, says its last tokens and `moved`, and the other
+repeats all tokens since its submit. The pull between is a call.
 """
 
 import asyncio
@@ -12,7 +16,7 @@ from collections.abc import AsyncIterator
 import grpc
 
 from kvrelay.clock import MonotonicClock
-from kvrelay.errors import ServingError
+from kvrelay.errors import HandoffLost, ServingError
 from kvrelay.rpc import status
 from kvrelay.rpc.membership import Membership
 from kvrelay.types import Role, WorkerIdentity, WorkerLoad
@@ -41,10 +45,38 @@ def oracle(prompt_ids, num_tokens) -> list[int]:
     return token_ids[len(prompt_ids) :]
 
 
-class ScriptedWorker:
-    """One worker. `allow(n)` lets it say n more things; without it nothing holds it back."""
+class Gate:
+    """Lets so many pass as it was opened for; all, if it was not made shut."""
 
-    def __init__(self, worker_id, role, *, is_held=False, fingerprint=FINGERPRINT):
+    def __init__(self, *, is_shut):
+        self._permits = asyncio.Semaphore(0 if is_shut else 1 << 30)
+
+    def open(self, times=1 << 20):
+        for _ in range(min(times, 1 << 10)):
+            self._permits.release()
+
+    async def passed(self):
+        await self._permits.acquire()
+
+
+class ScriptedWorker:
+    """One worker. `allow(n)` lets it say n more things; without it nothing holds it back.
+
+    `pulling` lets it fetch from a running sequence, `parting` lets it say of one that it handed
+    over its last tokens and `moved`.
+    """
+
+    def __init__(
+        self,
+        worker_id,
+        role,
+        *,
+        is_held=False,
+        fingerprint=FINGERPRINT,
+        peers=None,
+        is_pulling_shut=False,
+        is_parting_shut=False,
+    ):
         self.worker_id = worker_id
         self.role = role
         self.epoch = "00000000000000e0"
@@ -55,6 +87,15 @@ class ScriptedWorker:
         self.fail_with: list[ServingError] = []
         self.token_offset = 0
         self.load = WorkerLoad(free_blocks=64)
+        self.hand_overs: list = []
+        self.cancelled_hand_overs: list[str] = []
+        self.released: list[str] = []
+        self.pulling = Gate(is_shut=is_pulling_shut)
+        self.parting = Gate(is_shut=is_parting_shut)
+        self._peers = {} if peers is None else peers
+        self._peers[worker_id] = self
+        self._holds: dict[str, tuple[str, int]] = {}
+        self._running: dict[tuple[str, int], _Sequence] = {}
         self._permits = asyncio.Semaphore(0 if is_held else 1 << 30)
         self._sessions: set[asyncio.Task] = set()
         self._tasks: dict[tuple[str, int], asyncio.Task] = {}
@@ -123,10 +164,15 @@ class ScriptedWorker:
 
         async def read() -> None:
             async for request in requests:
-                if request.WhichOneof("instruction") == "submit":
-                    self._submit(request.submit, outbox, response_type)
-                else:
-                    self._cancel((request.cancel.request_id, request.cancel.attempt))
+                match request.WhichOneof("instruction"):
+                    case "submit":
+                        self._submit(request.submit, outbox, response_type)
+                    case "cancel":
+                        self._cancel((request.cancel.request_id, request.cancel.attempt))
+                    case "hand_over":
+                        self._hand_over(request.hand_over)
+                    case "cancel_hand_over":
+                        self._cancel_hand_over(request.cancel_hand_over.handoff_id)
 
         reading = asyncio.create_task(read())
         try:
@@ -148,21 +194,68 @@ class ScriptedWorker:
         if key in self._tasks:
             self._tasks[key].cancel()
 
+    def _hand_over(self, message) -> None:
+        self.hand_overs.append(message)
+        self._holds[message.handoff_id] = (message.request_id, message.attempt)
+
+    def _cancel_hand_over(self, handoff_id) -> None:
+        self.cancelled_hand_overs.append(handoff_id)
+        self._holds.pop(handoff_id, None)
+
+    def _taken(self, handoff_id) -> "list[int] | None":
+        """Freeze and Release: all output of a sequence that stops here, None if it does not run."""
+        key = self._holds.pop(handoff_id, None)
+        if self._joining is None or key not in self._running:
+            return None
+        sequence = self._running.pop(key)
+        self._tasks[key].cancel()
+        last = sequence.step()
+        if last.finish_reason:
+            response = decode_pb2.DecodeResponse(header=self.header(), outputs=[last])
+            sequence.outbox.put_nowait(response)
+            return None
+        self.released.append(handoff_id)
+        parting = asyncio.create_task(self._part(sequence, last))
+        self._tasks[(*key, "parting")] = parting
+        return sequence.outputs
+
+    async def _part(self, sequence, last) -> None:
+        await self.parting.passed()
+        response = decode_pb2.DecodeResponse(header=self.header(), outputs=[last])
+        sequence.outbox.put_nowait(response)
+        moved = decode_pb2.MovedAttempt(**sequence.ids, num_outputs=len(sequence.outputs))
+        response = decode_pb2.DecodeResponse(header=self.header(), moved=[moved])
+        sequence.outbox.put_nowait(response)
+
     async def _answer(self, submit, outbox, response_type) -> None:
-        async for answer in self._messages(submit):
-            await self._permits.acquire()
+        async for answer in self._messages(submit, outbox):
             outbox.put_nowait(response_type(header=self.header(), **answer))
 
-    async def _messages(self, submit):
+    async def _messages(self, submit, outbox):
         ids = {"request_id": submit.request_id, "attempt": submit.attempt}
         if self.fail_with:
             failure = status.to_failure(self.fail_with.pop(0))
+            await self._permits.acquire()
             yield {"failed": [common_pb2.FailedAttempt(**ids, failure=failure)]}
         elif self.role is Role.PREFILL:
+            await self._permits.acquire()
             yield {"prefilled": [self._prefilled(submit, ids)]}
         else:
-            async for output in self._outputs(submit, ids):
-                yield {"outputs": [output]}
+            sequence = _Sequence(submit, outbox, self.token_offset)
+            if submit.HasField("pull") and submit.pull.is_running:
+                await self.pulling.passed()
+                outputs = self._peers[submit.pull.worker_id]._taken(submit.pull.handoff_id)
+                if outputs is None:
+                    failure = status.to_failure(HandoffLost("it does not run there"))
+                    yield {"failed": [common_pb2.FailedAttempt(**ids, failure=failure)]}
+                    return
+                sequence.outputs = list(outputs)
+            self._running[(submit.request_id, submit.attempt)] = sequence
+            try:
+                async for output in self._outputs(sequence):
+                    yield {"outputs": [output]}
+            finally:
+                self._running.pop((submit.request_id, submit.attempt), None)
 
     def _prefilled(self, submit, ids):
         token_id = next_token(submit.token_ids)
@@ -174,25 +267,45 @@ class ScriptedWorker:
             prefill_s=0.002,
         )
 
-    async def _outputs(self, submit, ids):
-        token_ids = [*submit.token_ids, *submit.emitted_token_ids]
-        position = len(submit.emitted_token_ids)
+    async def _outputs(self, sequence):
+        """One step after the other; the first says again what moved here."""
         while True:
-            token_ids.append(next_token(token_ids))
-            position += 1
-            finish = _finish(submit, token_ids[-1], position)
-            output = decode_pb2.SequenceOutput(
-                **ids,
-                position=position - 1,
-                token_ids=[token_ids[-1] + self.token_offset],
-                finish_reason=finish,
-            )
-            if position == len(submit.emitted_token_ids) + 1 and submit.HasField("pull"):
-                output.handoff.transport = submit.pull.offer.name
-                output.handoff.num_bytes = 10
+            await self._permits.acquire()
+            output = sequence.step()
             yield output
-            if finish:
+            if output.finish_reason:
                 return
+
+
+class _Sequence:
+    """A sequence on a decode worker, as far as it has been computed."""
+
+    def __init__(self, submit, outbox, token_offset):
+        self.ids = {"request_id": submit.request_id, "attempt": submit.attempt}
+        self.outbox = outbox
+        self.outputs = list(submit.emitted_token_ids)
+        self._submit = submit
+        self._token_offset = token_offset
+        self._num_told = len(self.outputs)
+
+    def step(self):
+        """Compute a token; say all that was not told."""
+        submit = self._submit
+        token_id = next_token([*submit.token_ids, *self.outputs])
+        is_first = self._num_told == len(submit.emitted_token_ids)
+        self.outputs.append(token_id)
+        told = self.outputs[self._num_told :]
+        output = decode_pb2.SequenceOutput(
+            **self.ids,
+            position=self._num_told,
+            token_ids=[t + self._token_offset for t in told],
+            finish_reason=_finish(submit, token_id, len(self.outputs)),
+        )
+        self._num_told = len(self.outputs)
+        if is_first and submit.HasField("pull"):
+            output.handoff.transport = submit.pull.offer.name
+            output.handoff.num_bytes = 10
+        return output
 
 
 def _finish(submit, token_id, num_output):

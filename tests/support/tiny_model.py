@@ -51,12 +51,14 @@ def runner_of(
     block_size: int = 16,
     num_blocks: int = 400,
     blocks: Blocks | None = None,
+    kv_dtype: str | None = None,
 ) -> Iterator[tuple[LlamaRunner | NativeRunner, KvCache]]:
     """A runner and its cache; the thread count is put back at the end.
 
-    With `blocks` the compiled engine, which generates with them; without, torch.
+    With `blocks` the compiled engine, which generates with them; without, torch. KV is of the
+    weights' dtype unless `kv_dtype` says otherwise.
     """
-    dtype = str(weights.dtype).removeprefix("torch.")
+    dtype = kv_dtype or str(weights.dtype).removeprefix("torch.")
     cache = KvCache(layout_of(spec, dtype=dtype, block_size=block_size), num_blocks, shareable=True)
     before = torch.get_num_threads()
     try:

@@ -8,12 +8,13 @@ import asyncio
 import contextlib
 import itertools
 import struct
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import grpc
 from prometheus_client import CollectorRegistry
 
+from decode_svc.area import LandingArea
 from decode_svc.holder import HolderClient
 from decode_svc.landing import Lander, LandingLimits
 from decode_svc.service import DecodeServicer
@@ -21,16 +22,23 @@ from kvrelay.clock import Clock, MonotonicClock
 from kvrelay.engine.batch import Path
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.scheduler import StepLimits
+from kvrelay.handoff.desk import TicketDesk
+from kvrelay.handoff.holds import HoldLimits
+from kvrelay.handoff.keeper import HoldKeeper
+from kvrelay.handoff.service import HandoffServicer
+from kvrelay.handoff.ticket import Ticket, sign
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
+from kvrelay.kv.staging import StagingPlan
 from kvrelay.obs.metrics import WorkerMetrics
 from kvrelay.rpc import convert
 from kvrelay.rpc.channel import open_channel
 from kvrelay.rpc.channels import Channels
 from kvrelay.rpc.server import RpcServer, Service
 from kvrelay.rpc.submit import ModelBounds
-from kvrelay.transfer.base import KvTransport
-from kvrelay.transfer.build import build_transports
+from kvrelay.transfer.build import TransportBuilder, Transports
+from kvrelay.transfer.speeds import LinkSpeeds
+from kvrelay.transfer.wire_choice import WireDtype
 from kvrelay.types import Fingerprint, Role, SamplingParams, TransportOffer
 from kvrelay.v1 import (
     common_pb2,
@@ -43,9 +51,7 @@ from kvrelay.v1 import (
 )
 from kvrelay.worker.bridge import StepBridge
 from kvrelay.worker.parts import close, make_engine
-from prefill_svc.holds import HoldLimits
-from prefill_svc.keeper import HoldKeeper
-from prefill_svc.service import HandoffServicer, PrefillServicer
+from prefill_svc.service import PrefillServicer
 from tests.support.scripted_model import VOCAB_SIZE, ScriptedModel, Slot, StepGate
 
 BLOCK_SIZE = 4
@@ -59,6 +65,10 @@ LIMITS = StepLimits(
 HOLD_LIMITS = HoldLimits(hold_s=30.0, unclaimed_hold_s=10.0, max_expected=1024, max_remembered=4096)
 LANDING_LIMITS = LandingLimits(batch_num_bytes=32 << 20)
 WAIT_S = 10.0
+
+TICKET_KEY = bytes(range(32))
+PULLER_ID, PULLER_EPOCH = "decode", "d" * 16
+LANDING_NUM_BYTES = 1 << 20
 
 _SLOT = struct.Struct("<qqqq")
 _ids = itertools.count(1)
@@ -105,14 +115,16 @@ class Bench:
     cache: KvCache
     runner: ScriptedModel
     engine: Engine
-    transports: tuple[KvTransport, ...]
+    transports: Transports
+    staging: StagingPlan
+    desk: TicketDesk
     metrics: WorkerMetrics
     registry: CollectorRegistry
     address: str = ""
     failures: list[BaseException] = field(default_factory=list)
 
     def offer(self, name: str) -> TransportOffer:
-        return next(t.describe() for t in self.transports if t.name == name)
+        return next(t.describe() for t in self.transports.all if t.name == name)
 
     @property
     def num_held_blocks(self) -> int:
@@ -123,6 +135,7 @@ class Bench:
 class PrefillBench(Bench):
     service: PrefillServicer
     keeper: HoldKeeper
+    handoffs: HandoffServicer
 
     @property
     def num_expired_holds(self) -> float:
@@ -133,6 +146,8 @@ class PrefillBench(Bench):
 @dataclass(kw_only=True)
 class DecodeBench(Bench):
     service: DecodeServicer
+    keeper: HoldKeeper
+    lander: Lander
 
     @property
     def num_pulled_bytes(self) -> float:
@@ -150,26 +165,47 @@ async def until(condition, timeout_s: float = WAIT_S) -> None:
 
 @contextlib.asynccontextmanager
 async def _engine_on(
-    role: Role, *, num_blocks: int, limits: StepLimits, gate: StepGate | None, wrap=None, model=None
+    role: Role,
+    *,
+    num_blocks: int,
+    limits: StepLimits,
+    gate: StepGate | None,
+    wrap=None,
+    model=None,
+    layout: KvLayout = LAYOUT,
+    worker_id: str = "",
+    epoch: str = "",
 ) -> AsyncIterator[dict]:
     """The common parts. At the end: nothing failed, and every block is free or cached."""
     failures: list[BaseException] = []
     registry = CollectorRegistry()
-    cache = KvCache(LAYOUT, num_blocks, shareable=True) if model is None else model[1]
-    runner = scripted(cache, gate) if model is None else model[0]
+    staging = StagingPlan(layout, num_blocks, packs=True, landing_num_bytes=LANDING_NUM_BYTES)
+    if model is None:
+        cache = KvCache(layout, num_blocks, shareable=True, staging_num_bytes=staging.num_bytes)
+        runner = scripted(cache, gate)
+    else:
+        runner, cache = model
+        num_landing = cache.num_bytes - cache.staging_offset
+        staging = StagingPlan(
+            cache.layout, cache.num_blocks, packs=False, landing_num_bytes=num_landing
+        )
     bridge = StepBridge(asyncio.get_running_loop(), on_failure=failures.append)
     engine = make_engine(
         runner, cache, limits=limits, sink=bridge, on_failure=failures.append,
         clock=MonotonicClock(),
     )  # fmt: skip
-    worker_id, epoch = role.value, f"{next(_ids):016x}"
-    transports = build_transports(
-        "auto", worker_id=worker_id, epoch=epoch, tls=None, clock=MonotonicClock()
-    )
-    if wrap is not None:
-        transports = tuple(wrap(transport) for transport in transports)
-    for transport in transports:
-        transport.register(cache)
+    worker_id = worker_id or role.value
+    epoch = epoch or (PULLER_EPOCH if role is Role.DECODE else f"{next(_ids):016x}")
+    transports = TransportBuilder(
+        worker_id=worker_id,
+        epoch=epoch,
+        tls=None,
+        clock=MonotonicClock(),
+        on_lost=failures.append,
+        wrap=wrap,
+    ).build("auto", cache)
+    desk = TicketDesk(worker_id=worker_id, epoch=epoch)
+    desk.take_key(TICKET_KEY)
     engine.start()
     parts = {
         "worker_id": worker_id,
@@ -178,6 +214,8 @@ async def _engine_on(
         "runner": runner,
         "engine": engine,
         "transports": transports,
+        "staging": staging,
+        "desk": desk,
         "metrics": WorkerMetrics(role, registry),
         "registry": registry,
         "failures": failures,
@@ -206,6 +244,37 @@ async def _serving(bench: Bench, services: Sequence[Service]) -> AsyncIterator[N
         await bench.service.drained()
 
 
+@contextlib.contextmanager
+def _keeping(
+    parts: dict, *, limits: HoldLimits, clock: Clock | None, fingerprint: Fingerprint
+) -> Iterator[tuple[HoldKeeper, HandoffServicer, Service]]:
+    """The holder's side of either kind of worker. At the end nothing is held."""
+    keeper = HoldKeeper(
+        engine=parts["engine"],
+        cache=parts["cache"],
+        staging=parts["staging"],
+        limits=limits,
+        metrics=parts["metrics"],
+        clock=clock or MonotonicClock(),
+    )
+    handoffs = HandoffServicer(
+        keeper,
+        desk=parts["desk"],
+        worker_id=parts["worker_id"],
+        epoch=parts["epoch"],
+        fingerprint=fingerprint,
+    )
+    service = Service(
+        handoff_pb2_grpc.add_HandoffServiceServicer_to_server,
+        handoffs,
+        "kvrelay.v1.HandoffService",
+    )
+    yield keeper, handoffs, service
+    keeper.close()
+    assert keeper.holds.is_empty
+    keeper.holds.check()
+
+
 @contextlib.asynccontextmanager
 async def prefill_worker(
     *,
@@ -215,43 +284,41 @@ async def prefill_worker(
     gate: StepGate | None = None,
     clock: Clock | None = None,
     model=None,
+    layout: KvLayout = LAYOUT,
     fingerprint: Fingerprint = FINGERPRINT,
     bounds: ModelBounds = BOUNDS,
+    worker_id: str = "",
+    epoch: str = "",
 ) -> AsyncIterator[PrefillBench]:
     """A prefill worker that serves on loopback."""
+    fingerprint = replace(fingerprint, layout=layout if model is None else model[1].layout)
     async with _engine_on(
-        Role.PREFILL, num_blocks=num_blocks, limits=limits, gate=gate, model=model
+        Role.PREFILL,
+        num_blocks=num_blocks,
+        limits=limits,
+        gate=gate,
+        model=model,
+        layout=layout,
+        worker_id=worker_id,
+        epoch=epoch,
     ) as made:
         parts = made["parts"]
         names = {"worker_id": parts["worker_id"], "epoch": parts["epoch"]}
-        keeper = HoldKeeper(
-            engine=parts["engine"],
-            cache=parts["cache"],
-            limits=hold_limits,
-            metrics=parts["metrics"],
-            clock=clock or MonotonicClock(),
-        )
-        service = PrefillServicer(engine=parts["engine"], keeper=keeper, bounds=bounds, **names)
-        made["bridge"].connect(service.take_step)
-        bench = PrefillBench(service=service, keeper=keeper, **parts)
-        handoffs = HandoffServicer(keeper, fingerprint=fingerprint, **names)
-        services = [
-            Service(
-                prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
-                service,
-                "kvrelay.v1.PrefillService",
-            ),
-            Service(
-                handoff_pb2_grpc.add_HandoffServiceServicer_to_server,
-                handoffs,
-                "kvrelay.v1.HandoffService",
-            ),
-        ]
-        async with _serving(bench, services):
-            yield bench
-        keeper.close()
-        assert keeper.holds.is_empty
-        keeper.holds.check()
+        with _keeping(parts, limits=hold_limits, clock=clock, fingerprint=fingerprint) as kept:
+            keeper, handoffs, handoff_service = kept
+            service = PrefillServicer(engine=parts["engine"], keeper=keeper, bounds=bounds, **names)
+            made["bridge"].connect(service.take_step)
+            bench = PrefillBench(service=service, keeper=keeper, handoffs=handoffs, **parts)
+            services = [
+                Service(
+                    prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
+                    service,
+                    "kvrelay.v1.PrefillService",
+                ),
+                handoff_service,
+            ]
+            async with _serving(bench, services):
+                yield bench
 
 
 @contextlib.asynccontextmanager
@@ -260,58 +327,85 @@ async def decode_worker(
     num_blocks: int = 64,
     limits: StepLimits = LIMITS,
     landing_limits: LandingLimits = LANDING_LIMITS,
+    hold_limits: HoldLimits = HOLD_LIMITS,
     max_landings: int = 64,
     gate: StepGate | None = None,
     wrap=None,
     wrap_holders=None,
     model=None,
+    layout: KvLayout = LAYOUT,
+    wire_dtype: WireDtype = "auto",
     fingerprint: Fingerprint = FINGERPRINT,
     bounds: ModelBounds = BOUNDS,
+    worker_id: str = PULLER_ID,
+    epoch: str = PULLER_EPOCH,
+    release_timeout_s: float = WAIT_S,
 ) -> AsyncIterator[DecodeBench]:
     """A decode worker that serves on loopback; `wrap` is put around each of its transports,
     `wrap_holders` around its client of holders."""
+    fingerprint = replace(fingerprint, layout=layout if model is None else model[1].layout)
     async with _engine_on(
-        Role.DECODE, num_blocks=num_blocks, limits=limits, gate=gate, wrap=wrap, model=model
+        Role.DECODE,
+        num_blocks=num_blocks,
+        limits=limits,
+        gate=gate,
+        wrap=wrap,
+        model=model,
+        layout=layout,
+        worker_id=worker_id,
+        epoch=epoch,
     ) as made:
         parts = made["parts"]
         channels = Channels(tls=None)
+        speeds = LinkSpeeds(forget_after_s=60.0)
         holders = HolderClient(
             channels,
             puller_id=parts["worker_id"],
+            epoch=parts["epoch"],
             fingerprint=fingerprint,
             bounds=bounds,
-            release_timeout_s=WAIT_S,
+            wire_dtype=wire_dtype,
+            release_timeout_s=release_timeout_s,
         )
+        staging = parts["staging"]
         lander = Lander(
             engine=parts["engine"],
             cache=parts["cache"],
-            transports=parts["transports"],
+            area=LandingArea(offset=staging.landing_offset, num_bytes=staging.landing_num_bytes),
+            transports=parts["transports"].all,
             holders=holders if wrap_holders is None else wrap_holders(holders),
             limits=landing_limits,
+            speeds=speeds,
             metrics=parts["metrics"],
             clock=MonotonicClock(),
         )
-        service = DecodeServicer(
-            engine=parts["engine"],
-            lander=lander,
-            bounds=bounds,
-            max_landings=max_landings,
-            on_failure=parts["failures"].append,
-            worker_id=parts["worker_id"],
-            epoch=parts["epoch"],
-        )
-        made["bridge"].connect(service.take_step)
-        bench = DecodeBench(service=service, **parts)
-        services = [
-            Service(
-                decode_pb2_grpc.add_DecodeServiceServicer_to_server,
-                service,
-                "kvrelay.v1.DecodeService",
+        with _keeping(parts, limits=hold_limits, clock=None, fingerprint=fingerprint) as kept:
+            keeper, _, handoff_service = kept
+            service = DecodeServicer(
+                engine=parts["engine"],
+                lander=lander,
+                keeper=keeper,
+                bounds=bounds,
+                max_landings=max_landings,
+                speeds=speeds,
+                clock=MonotonicClock(),
+                on_failure=parts["failures"].append,
+                worker_id=parts["worker_id"],
+                epoch=parts["epoch"],
             )
-        ]
-        async with _serving(bench, services):
-            yield bench
-        await channels.close()
+            made["bridge"].connect(service.take_step)
+            bench = DecodeBench(service=service, keeper=keeper, lander=lander, **parts)
+            services = [
+                Service(
+                    decode_pb2_grpc.add_DecodeServiceServicer_to_server,
+                    service,
+                    "kvrelay.v1.DecodeService",
+                ),
+                handoff_service,
+            ]
+            async with _serving(bench, services):
+                yield bench
+            await channels.close()
 
 
 class Session:
@@ -418,6 +512,20 @@ def decode_submit(prompt_ids: Sequence[int], **changes) -> dict:
     return {**fields, **changes}
 
 
+def ticket_of(
+    holder: Bench, handoff_id: str, *, puller_id: str = PULLER_ID, puller_epoch: str = PULLER_EPOCH
+) -> bytes:
+    """What the coordinator would sign."""
+    ticket = Ticket(
+        handoff_id=handoff_id,
+        holder_id=holder.worker_id,
+        holder_epoch=holder.epoch,
+        puller_id=puller_id,
+        puller_epoch=puller_epoch,
+    )
+    return sign(ticket, TICKET_KEY)
+
+
 def pull_of(holder: Bench, handoff_id: str, transport: str, **changes) -> decode_pb2.PullSource:
     """Where `holder` holds `handoff_id`."""
     fields = {
@@ -426,15 +534,28 @@ def pull_of(holder: Bench, handoff_id: str, transport: str, **changes) -> decode
         "epoch": holder.epoch,
         "address": holder.address,
         "offer": convert.offer_to_wire(holder.offer(transport)),
+        "ticket": ticket_of(holder, handoff_id),
     }
     return decode_pb2.PullSource(**{**fields, **changes})
 
 
-def pull_request(holder: Bench, handoff_id: str, **changes) -> handoff_pb2.PullRequest:
+def asked(holder: Bench, handoff_id: str, **changes) -> dict:
+    """What every request to a holder names."""
     fields = {
         "handoff_id": handoff_id,
-        "puller_id": "decode",
+        "puller_id": PULLER_ID,
+        "puller_epoch": PULLER_EPOCH,
         "epoch": holder.epoch,
-        "fingerprint": convert.fingerprint_to_wire(FINGERPRINT),
     }
-    return handoff_pb2.PullRequest(**{**fields, **changes})
+    fields |= changes
+    signed = {"puller_id": fields["puller_id"], "puller_epoch": fields["puller_epoch"]}
+    return {"ticket": ticket_of(holder, handoff_id, **signed), **fields}
+
+
+def pull_request(holder: Bench, handoff_id: str, **changes) -> handoff_pb2.PullRequest:
+    fields = {
+        "fingerprint": convert.fingerprint_to_wire(FINGERPRINT),
+        "wire_dtype": "auto",
+        "digest_kind": "xxh3",
+    }
+    return handoff_pb2.PullRequest(**{**fields, **asked(holder, handoff_id, **changes)})

@@ -8,7 +8,7 @@ from kvrelay.cli import render
 from kvrelay.client import Member, Pool
 from kvrelay.obs.ledger import Ledger
 from kvrelay.types import Role, WorkerLoad
-from tests.support.members import identity
+from tests.support.members import FINGERPRINT, LAYOUT, identity
 
 WIDTH = 100
 
@@ -33,6 +33,7 @@ LEDGER = Ledger(
     prompt_tokens=5,
     completion_tokens=9,
     cached_prompt_tokens=0,
+    move_gaps_s=(),
 )
 
 
@@ -84,13 +85,26 @@ def test_a_request_without_handoff_or_token_can_be_drawn():
     assert "handoff" not in text
 
 
-def pool_lines(*, is_wide: bool) -> list[str]:
-    load = WorkerLoad(free_blocks=12345, cached_blocks=12345, handoffs_total=1_000_000)
+def mixed_pool_text() -> str:
+    """Of a prefill worker that keeps bfloat16 and a decode worker that keeps int8."""
     members = tuple(
-        Member(identity=identity(name, role), load=load, load_age_ms=12_345, placed_sequences=0)
-        for name, role in (("prefill-0", Role.PREFILL), ("decode-0", Role.DECODE))
+        Member(
+            identity=identity(dtype, fingerprint=replace(FINGERPRINT, layout=layout)),
+            load=WorkerLoad(),
+            load_age_ms=0,
+            placed_sequences=0,
+        )
+        for dtype in ("int8", "bfloat16")
+        for layout in [replace(LAYOUT, dtype=dtype)]
     )
-    pool = Pool(
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(render.pool(pool_of(members), is_wide=False))
+    return capture.get()
+
+
+def pool_of(members: tuple[Member, ...]) -> Pool:
+    return Pool(
         members=members,
         is_ready=True,
         not_ready_reason="",
@@ -98,9 +112,17 @@ def pool_lines(*, is_wide: bool) -> list[str]:
         finished_requests_total=0,
         lost_attempts_total=0,
     )
+
+
+def pool_lines(*, is_wide: bool) -> list[str]:
+    load = WorkerLoad(free_blocks=12345, cached_blocks=12345, handoffs_total=1_000_000)
+    members = tuple(
+        Member(identity=identity(name, role), load=load, load_age_ms=12_345, placed_sequences=0)
+        for name, role in (("prefill-0", Role.PREFILL), ("decode-0", Role.DECODE))
+    )
     console = Console(width=80 if not is_wide else render.WIDE_COLUMNS)
     with console.capture() as capture:
-        console.print(render.pool(pool, is_wide=is_wide))
+        console.print(render.pool(pool_of(members), is_wide=is_wide))
     return capture.get().splitlines()
 
 
@@ -117,6 +139,14 @@ def test_a_worker_is_one_row_in_80_columns():
     assert "1000000" in narrow[-1]
     assert "12.3 s" in narrow[-1]
     assert "127.0.0.1:1" in wide[-1]
+
+
+def test_a_pool_that_mixes_kv_dtypes_says_what_it_promises_less():
+    """
+    One line, and none where all are alike.
+    """
+    assert "bfloat16, int8: tokens depend on which workers serve" in mixed_pool_text()
+    assert "tokens depend" not in "".join(pool_lines(is_wide=False))
 
 
 def test_a_ledger_fits_80_columns():

@@ -2,13 +2,15 @@
 
 import mmap
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from kvrelay.kv.cache import KvCache
-from kvrelay.kv.layout import KvLayout
+from kvrelay.kv.device_cache import DeviceCache
+from kvrelay.kv.layout import DTYPE_NUM_BYTES, KvLayout
 
 LAYOUT = KvLayout(num_layers=2, block_size=4, num_kv_heads=3, head_dim=8, dtype="bfloat16")
 
@@ -41,6 +43,81 @@ def test_block_bytes_are_that_block_without_a_copy(shareable: bool) -> None:
     assert not cache.tensor[2].any()
     cache.tensor[1].zero_()
     assert bytes(view) == bytes(len(view))
+    cache.close()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_bytes"),
+    [("float32", 1536), ("bfloat16", 768), ("fp8", 384), ("int8", 384 + 96)],
+)
+def test_a_block_takes_its_values_and_their_scales(dtype: str, num_bytes: int) -> None:
+    """384 values; and for int8 48 scales of two bytes, after them."""
+    layout = replace(LAYOUT, dtype=dtype)
+    assert layout.block_num_bytes == num_bytes
+    assert layout.values_num_bytes == 384 * DTYPE_NUM_BYTES[dtype]
+    assert layout.has_scales == (dtype == "int8")
+    cache = KvCache(layout, 3, shareable=False)
+    assert cache.values.shape == (3, 2, 2, 4, 3, 8)
+    for block in range(3):
+        cache.values[block].view(torch.uint8).fill_(16 + block)
+        if cache.scales is not None:
+            cache.scales[block].view(torch.uint8).fill_(32 + block)
+    for block in range(3):
+        raw = bytes(cache.block_bytes(block))
+        first = layout.values_num_bytes
+        assert raw[:first] == bytes([16 + block]) * first
+        assert raw[first:] == bytes([32 + block]) * (num_bytes - first)
+    cache.close()
+
+
+def test_int8_has_scales_and_no_other_dtype_has() -> None:
+    """[num_blocks, num_layers, 2, block_size, num_kv_heads]."""
+    for dtype in DTYPE_NUM_BYTES:
+        cache = KvCache(replace(LAYOUT, dtype=dtype), 5, shareable=False)
+        if dtype == "int8":
+            assert cache.scales is not None
+            assert (cache.scales.shape, cache.scales.dtype) == ((5, 2, 2, 4, 3), torch.bfloat16)
+        else:
+            assert cache.scales is None
+        cache.close()
+
+
+def test_numbers_of_quantized_kv_are_not_taken_for_kv() -> None:
+    """They mean nothing without their scales, or are of no dtype that products take."""
+    cache = KvCache(replace(LAYOUT, dtype="int8"), 1, shareable=False)
+    with pytest.raises(AssertionError):
+        _ = cache.tensor
+    cache.close()
+
+
+def test_staging_lies_behind_the_blocks_in_the_same_memory() -> None:
+    """So whoever maps the blocks has it, too."""
+    cache = KvCache(LAYOUT, 2, shareable=True, staging_num_bytes=100)
+    assert cache.staging_offset == 2 * LAYOUT.block_num_bytes
+    assert cache.num_bytes == cache.staging_offset + 100 == len(cache.bytes)
+    cache.range_bytes(cache.staging_offset + 98, 2)[:] = b"ab"
+    assert cache.fd is not None
+    with mmap.mmap(cache.fd, cache.num_bytes, prot=mmap.PROT_READ) as other:
+        assert other[-3:] == b"\0ab"
+    assert not cache.tensor.any()
+    for offset, num_bytes in [(-1, 2), (cache.num_bytes - 1, 2), (0, -1)]:
+        with pytest.raises(AssertionError):
+            cache.range_bytes(offset, num_bytes)
+    cache.close()
+
+
+def test_a_device_has_the_same_memory() -> None:
+    """Blocks of any dtype go back and forth whole; staging is on both sides."""
+    layout = replace(LAYOUT, dtype="int8")
+    cache = DeviceCache(layout, 3, shareable=True, staging_num_bytes=64, device=torch.device("cpu"))
+    assert cache.device_bytes.shape == (cache.num_bytes,) == (3 * layout.block_num_bytes + 64,)
+    cache.device_bytes.fill_(7)
+    cache.mirror([1])
+    assert bytes(cache.block_bytes(1)) == b"\7" * layout.block_num_bytes
+    assert not cache.bytes[: layout.block_num_bytes].any()
+    cache.block_bytes(2)[:] = b"\5" * layout.block_num_bytes
+    cache.landed([2])
+    assert set(cache.device_bytes[2 * layout.block_num_bytes :].tolist()) == {5, 7}
     cache.close()
 
 

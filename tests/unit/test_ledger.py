@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kvrelay.obs.ledger import LedgerBuilder
 
-GAP1 = ("transfer", "verify", "release", "join", "first_step")
+GAP1 = ("grant_wait", "transfer", "verify", "release", "join", "first_step")
 
 durations = st.floats(0, 100, allow_subnormal=False)
 
@@ -66,7 +66,13 @@ def test_a_handed_over_request_is_explained_stage_by_stage():
     b.dispatched(10.3)
     b.queue_s, b.prefill_s = 0.2, 0.3
     b.tokens(10.9, 1)
-    b.gap1_stages = {"transfer": 0.1, "verify": 0.05, "join": 0.02, "first_step": 0.1}
+    b.gap1_stages = {
+        "grant_wait": 0.01,
+        "transfer": 0.1,
+        "verify": 0.05,
+        "join": 0.02,
+        "first_step": 0.1,
+    }
     b.tokens(11.2, 1)
     b.tokens(11.3, 1)
     ledger = b.build("length", 11.4)
@@ -75,8 +81,8 @@ def test_a_handed_over_request_is_explained_stage_by_stage():
         {"tokenize": 0.1, "admit": 0.2, "queue": 0.2, "prefill": 0.3, "first_token_return": 0.1}
     )
     assert ledger.gap1_stages == pytest.approx(
-        {"pull_wait": 0.03, "transfer": 0.1, "verify": 0.05, "release": 0.0}
-        | {"join": 0.02, "first_step": 0.1}
+        {"pull_wait": 0.02, "grant_wait": 0.01, "transfer": 0.1, "verify": 0.05}
+        | {"release": 0.0, "join": 0.02, "first_step": 0.1}
     )
     assert (ledger.ttft_s, ledger.gap1_s, ledger.e2e_s) == pytest.approx((0.9, 0.3, 1.4))
     assert ledger.tpot_s == pytest.approx(0.2)
@@ -110,6 +116,36 @@ def test_an_attempt_lost_after_the_first_token_is_no_stage_of_ttft():
     assert ledger.ttft_stages["admit"] == 1.0
     assert ledger.ttft_stages["first_token_return"] == 1.0
     assert (ledger.attempts, ledger.lost_attempts) == (2, ("HANDOFF_LOST",))
+
+
+def test_a_move_is_no_lost_attempt_and_its_gap_is_kept():
+    """Up to the first token of the worker that took over, whatever came before it was told."""
+    b = builder()
+    b.dispatched(0.0)
+    b.tokens(1.0, 4)
+    b.moved()
+    b.tokens(1.25, 2)
+    b.tokens(2.0, 1)
+    b.moved()
+    b.tokens(2.5, 1)
+    ledger = b.build("stop", 3.0)
+
+    assert ledger.move_gaps_s == (0.25, 0.5)
+    assert (ledger.attempts, ledger.lost_attempts) == (1, ())
+
+
+def test_a_move_to_a_worker_that_is_lost_at_once_is_a_lost_attempt():
+    """Its first token comes by another placement, and that wait is no gap of a move."""
+    b = builder()
+    b.dispatched(0.0)
+    b.tokens(1.0, 1)
+    b.moved()
+    b.lost("PEER_UNAVAILABLE")
+    b.dispatched(2.0)
+    b.tokens(3.0, 1)
+    ledger = b.build("stop", 3.0)
+
+    assert (ledger.attempts, ledger.move_gaps_s) == (2, ())
 
 
 def test_a_request_without_a_token_has_totals_but_no_stages():

@@ -2,7 +2,15 @@
 
 import pytest
 
-from coordinator.lifecycle import TRANSITIONS, Event, Patience, Phase, advance, verdict
+from coordinator.lifecycle import (
+    TRANSITIONS,
+    Event,
+    Losses,
+    Patience,
+    Phase,
+    advance,
+    verdict,
+)
 from kvrelay.errors import (
     HandoffLost,
     KvCorrupt,
@@ -104,3 +112,18 @@ def test_workers_without_room_cost_time_and_no_attempt():
     assert judge(*[full] * 30, refused_s=9.9) is None
     assert judge(*[full] * 30, PeerUnavailable("gone")) is None
     assert judge(full, refused_s=10.0) is full
+
+
+def test_refusals_cost_time_from_the_first_of_them():
+    """
+    Whatever was lost in between; and everybody who took part is suspected from then on.
+    """
+    full = KvPoolExhausted(wanted_blocks=9, free_blocks=2)
+    losses = Losses(PATIENCE)
+
+    assert losses.add(full, {"d0"}, kv_dtype="fp8", now_s=100.0) is None
+    gone = PeerUnavailable("gone")
+    assert losses.add(gone, {"d1", "p0"}, kv_dtype="fp8", now_s=105.0) is None
+    assert losses.suspects == {"d0", "d1", "p0"}
+    assert losses.add(full, {"d0"}, kv_dtype="int8", now_s=110.0) is full
+    assert losses.kv_dtype == "int8"

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.router import Disaggregate, PrefixMap, Router, RouteRequest, RouteRules
+from coordinator.prefix_map import PrefixMap
+from coordinator.router import Disaggregate, Router, RouteRequest, RouteRules
 from kvrelay.errors import InvalidRequest
 from kvrelay.types import Role, TransportOffer, WorkerLoad
 from tests.support.members import FINGERPRINT, LAYOUT, member
@@ -27,6 +28,21 @@ def request(num_prompt=100, hashes=(), avoid=()):
         block_size=4,
         avoid=frozenset(avoid),
     )
+
+
+def with_layout(**parts):
+    layout = dataclasses.replace(LAYOUT, **parts)
+    return dataclasses.replace(FINGERPRINT, layout=layout)
+
+
+def measuring(decode, **bytes_per_s):
+    """The same, having measured its stream from these holders."""
+    decode.measured = {holder: {"stream": speed} for holder, speed in bytes_per_s.items()}
+    return decode
+
+
+KV_NUM_BYTES = 16
+"""Of one token in the pool's layout."""
 
 
 def names(placement):
@@ -134,6 +150,139 @@ def test_the_size_of_a_worker_is_told_by_its_own_blocks():
     pool = [member("p0", P, fingerprint=fingerprint), member("d0", D, fingerprint=fingerprint)]
 
     assert names(router().place(request(4000), pool)) == ("p0", "d0")
+
+
+def test_a_cached_prefix_counts_in_whole_blocks_of_each_worker():
+    """
+    The pool's prefixes are told apart in blocks of 4; 23 of them are 5 whole blocks of 16.
+    """
+    hashes = [bytes([i]) for i in range(25)]
+    prefixes = PrefixMap(max_blocks_per_worker=100)
+    for name in ("p0", "p1"):
+        prefixes.add(name, hashes[:23])
+    pool = [member("d0", D), member("p0", P, fingerprint=with_layout(block_size=16))]
+    route = router(prefixes=prefixes)
+
+    assert route.place(request(100, hashes), pool).num_prefill_tokens == 20
+    pool.append(member("p1", P))
+    assert names(route.place(request(100, hashes), pool)) == ("p1", "d0")
+    assert route.place(request(100, hashes), pool).num_prefill_tokens == 8
+
+
+def test_a_request_goes_on_where_kv_is_kept_as_it_was_before():
+    """
+    Its tokens stay what they would have been; another kind serves only where there is none.
+    """
+    pool = [
+        member("p0", P),
+        member("d0", D, fingerprint=with_layout(dtype="int8")),
+        member("d1", D, fingerprint=with_layout(dtype="bfloat16"),
+               load=WorkerLoad(running_sequences=7)),
+    ]  # fmt: skip
+    route = router(Disaggregate.NEVER)
+
+    def again(dtype, **kwargs):
+        return names(route.place(dataclasses.replace(request(**kwargs), kv_dtype=dtype), pool))[1]
+
+    assert again(None) == "d0"
+    assert again("bfloat16") == "d1"
+    assert again("fp8") == "d0"
+    assert again("bfloat16", avoid=["d1"]) == "d0"
+
+
+def test_a_prefill_worker_behind_a_slow_link_is_passed_over_for_an_idle_one():
+    """
+    100 tokens at 1000 per second take 0.1 s to compute, and 0.2 s to come from p0.
+    """
+    fast = WorkerLoad(prefill_tokens_per_s=1000.0)
+    slow_link = 100 * KV_NUM_BYTES / 0.2
+    pool = [
+        member("p0", P, load=fast),
+        member("p1", P, load=fast),
+        measuring(member("d0", D), p0=slow_link, p1=1e9),
+    ]
+
+    placement = router().place(request(), pool)
+
+    assert names(placement) == ("p1", "d0")
+    assert placement.reason == "disaggregated: 100 uncached tokens, stream at 1.0 GB/s"
+
+
+@pytest.mark.parametrize(("queued", "chosen"), [(90, "p1"), (110, "p0")])
+def test_a_prefill_worker_behind_a_slow_link_is_chosen_when_that_saves_time(queued, chosen):
+    """
+    Through the slow link the KV is there after 0.2 s; behind a queue after 0.1 s and the queue.
+    """
+    slow_link = 100 * KV_NUM_BYTES / 0.2
+    pool = [
+        member("p0", P, load=WorkerLoad(prefill_tokens_per_s=1000.0)),
+        member("p1", P, load=WorkerLoad(prefill_tokens_per_s=1000.0, queued_prompt_tokens=queued)),
+        measuring(member("d0", D), p0=slow_link, p1=1e9),
+    ]
+
+    assert names(router().place(request(), pool)) == (chosen, "d0")
+
+
+def test_what_is_cached_where_it_decodes_need_not_be_moved():
+    """
+    A slow link matters less then: 4 of 100 tokens come through it.
+    """
+    hashes = [bytes([i]) for i in range(24)]
+    prefixes = PrefixMap(max_blocks_per_worker=100)
+    prefixes.add("d0", hashes)
+    pool = [
+        member("p0", P, load=WorkerLoad(prefill_tokens_per_s=1000.0)),
+        member("p1", P, load=WorkerLoad(prefill_tokens_per_s=1000.0, queued_prompt_tokens=1)),
+        measuring(member("d0", D), p0=100 * KV_NUM_BYTES / 0.2, p1=1e9),
+    ]
+
+    assert names(router(prefixes=prefixes).place(request(100, hashes), pool)) == ("p0", "d0")
+
+
+def test_among_equals_the_faster_link_wins():
+    """
+    Also where either is fast enough to be done when the prompt is.
+    """
+    pool = [member("p0", P), member("p1", P), measuring(member("d0", D), p0=2e9, p1=3e9)]
+
+    assert names(router().place(request(), pool)) == ("p1", "d0")
+
+
+def test_the_transport_is_the_fastest_by_what_was_measured_between_the_two():
+    """
+    And the reason says how fast, and whether that is only what it should be.
+    """
+    both = tuple(TransportOffer(name=n, address=n, host="h") for n in ("shm", "stream"))
+    decode = member("d0", D, offers=both)
+    pool = [member("p0", P, offers=both), decode]
+
+    assert router().place(request(), pool).reason.endswith(", shm at 6.0 GB/s nominal")
+    decode.measured = {"p0": {"shm": 0.5e9}}
+    placement = router().place(request(), pool)
+    assert placement.offer.name == "stream"
+    assert placement.reason.endswith(", stream at 1.0 GB/s nominal")
+
+
+def test_kv_that_takes_longer_to_move_than_to_compute_is_computed_in_auto():
+    """
+    Only where both were measured; `always` is always.
+    """
+    slow_link = 100 * KV_NUM_BYTES / 0.2
+    decode = member("d0", D, load=WorkerLoad(prefill_tokens_per_s=1000.0))
+    pool = [member("p0", P), measuring(decode, p0=slow_link)]
+    auto = router(Disaggregate.AUTO)
+
+    placement = auto.place(request(), pool)
+    assert names(placement) == (None, "d0")
+    assert placement.reason == (
+        "local: 100 uncached tokens take 0.100 s to compute, 0.200 s to move by stream at 0.0 MB/s"
+    )
+    assert names(router(Disaggregate.ALWAYS).place(request(), pool)) == ("p0", "d0")
+    decode.load = WorkerLoad()
+    assert names(auto.place(request(), pool)) == ("p0", "d0")
+    decode.load = WorkerLoad(prefill_tokens_per_s=1000.0)
+    decode.measured = {}
+    assert names(auto.place(request(), pool)) == ("p0", "d0")
 
 
 def test_a_handoff_that_failed_is_not_tried_again_where_a_local_prefill_serves():

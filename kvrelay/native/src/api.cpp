@@ -64,11 +64,18 @@ int kvrelay_set_ends(void* model, const std::uint16_t* embedding, const float* l
 }
 
 void kvrelay_set_cache(void* model, void* data) {
-  static_cast<Llama*>(model)->set_cache(static_cast<kvrelay::bf16*>(data));
+  static_cast<Llama*>(model)->set_cache(static_cast<std::uint8_t*>(data));
 }
 
 void kvrelay_set_threads(void* model, int num_threads) {
   static_cast<Llama*>(model)->set_threads(num_threads);
+}
+
+// How one slot's K or V is kept. For tests: a step does it where it computes.
+void kvrelay_keep(int kind, const float* x, int num_heads, int dim, std::uint8_t* values,
+                  std::uint16_t* scales) {
+  const kvrelay::PlainFloats plain;
+  kvrelay::keep(kvrelay::KvKind(kind), x, num_heads, dim, values, scales);
 }
 
 std::size_t kvrelay_num_bytes(void* model) { return static_cast<Llama*>(model)->num_bytes(); }

@@ -2,11 +2,14 @@
 //
 // A row sees the keys up to its own position, in tiles that begin at multiples of kKeyTile.
 // Prompt rows and generated rows go two ways, as their weights do; on each way the order in
-// which a row adds up is a function of its position alone.
+// which a row adds up is a function of its position alone. What the cache keeps of K and V is all
+// that rows attend to, rows of the same chunk too. Where that has scales, products with keys and
+// weights of values are scaled, not the numbers.
 #pragma once
 
 #include <cstdint>
 
+#include "kv.h"
 #include "memory.h"
 #include "simd.h"
 #include "team.h"
@@ -14,21 +17,6 @@
 namespace kvrelay {
 
 constexpr int kKeyTile = 64;
-
-// Where one layer's K and V of a worker's cache are. All sizes in elements.
-struct KvView {
-  bf16* data;  // of this layer, K
-  std::int64_t block_stride;
-  std::int64_t value_offset;  // from a K to its V
-  std::int64_t slot_stride;
-  int block_shift;  // blocks are of 2**block_shift slots
-
-  bf16* key(const std::int32_t* table, int position) const {
-    const std::int64_t block = table[position >> block_shift];
-    const std::int64_t slot = position & ((1 << block_shift) - 1);
-    return data + block * block_stride + slot * slot_stride;
-  }
-};
 
 struct AttentionShape {
   int num_heads;
@@ -59,7 +47,12 @@ class PromptAttention {
 
  private:
   struct Scratch;
-  void pack(const KvView& kv, const Run& run, int first_tile, int tile, int kv_head);
+  template <KvKind kKind>
+  void run_kind(Team& team, const KvView& kv, const Run& run, const bf16* queries, bf16* out,
+                std::int64_t stride);
+  template <KvKind kKind>
+  void pack(const KvView& kv, const Run& run, int first_tile, int tile, int kv_head, bf16* row);
+  template <bool kIsScaled>
   void attend(const Run& run, int first_tile, int kv_head, int first_row, int num_rows,
               const bf16* queries, bf16* out, std::int64_t stride, float* scratch);
 
@@ -70,6 +63,8 @@ class PromptAttention {
   int num_tiles_ = 0;
   Array<bf16> keys_;    // [kv_head][tile][pair of dims][kKeyTile][2]
   Array<bf16> values_;  // [kv_head][tile][panel][pair of keys][kPanelOutputs][2]
+  Array<float> key_scales_, value_scales_;  // [kv_head][tile][kKeyTile]
+  Array<bf16> expanded_;                    // [thread][a K and a V]
   Array<float> scratch_;
 };
 
@@ -87,12 +82,22 @@ class GenerationAttention {
            const std::int32_t* const* tables, const bf16* queries, bf16* out, std::int64_t stride);
 
  private:
+  struct Scratch {
+    float* scores;                     // [num_heads][keys], then [num_heads][width] of results
+    const std::uint8_t** rows;         // where each position's K is
+    const bf16** key_scales;           // and its scales, of int8
+    bf16* expanded;                    // [kLanes][width], of what is quantized
+  };
+
+  template <KvKind kKind>
   void attend(const KvView& kv, int position, const std::int32_t* table, Heads heads,
-              const bf16* queries, bf16* out, float* scratch, const bf16** rows) const;
+              const bf16* queries, bf16* out, const Scratch& scratch) const;
 
   AttentionShape shape_;
   Array<float> scratch_;
-  Array<const bf16*> rows_;
+  Array<const std::uint8_t*> rows_;
+  Array<const bf16*> scale_rows_;
+  Array<bf16> expanded_;
 };
 
 }  // namespace kvrelay

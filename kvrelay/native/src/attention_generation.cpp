@@ -42,29 +42,30 @@ inline __m512 sum_each(__m512 (&x)[kLanes]) {
                        _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
 }
 
-inline __mmask32 dims_left(int left) {
+inline __mmask32 dims_left_of(int left) {
+  if (left <= 0) return 0;
   return left >= kDims ? __mmask32(~0u) : __mmask32((1u << left) - 1);
 }
 
 // Blocks lie far apart, and no processor guesses the next one: what is read a little later is
 // asked for, a line at a time, since a burst of such wishes would not be heard.
-inline void ask_for(const bf16* at) {
-  _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+inline void ask_for(const void* at) {
+  _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
 }
 
-// Products of one query with the keys of sixteen positions.
+// Products of one query with the keys of sixteen positions, bfloat16 that lie `at` bytes on.
 template <bool kWhole, bool kAsks>
-inline __m512 score(const bf16* query, const bf16* const* keys, int at, int dim) {
+inline __m512 score(const bf16* query, const std::uint8_t* const* keys, std::int64_t at, int dim) {
   __m512 acc[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) acc[i] = _mm512_setzero_ps();
   for (int d = 0; d < dim; d += kDims) {
-    const __mmask32 lanes = kWhole ? __mmask32(~0u) : dims_left(dim - d);
+    const __mmask32 lanes = kWhole ? __mmask32(~0u) : dims_left_of(dim - d);
     const __m512i q = _mm512_maskz_loadu_epi16(lanes, query + d);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
-      const bf16* key = keys[i] + at + d;
-      if (kAsks) ask_for(keys[i + kAhead] + at + d);
+      const std::uint8_t* key = keys[i] + at + d * sizeof(bf16);
+      if (kAsks) ask_for(keys[i + kAhead] + at + d * sizeof(bf16));
       const __m512i k = kWhole ? _mm512_loadu_si512(key) : _mm512_maskz_loadu_epi16(lanes, key);
       acc[i] = dot_pairs(acc[i], q, k);
     }
@@ -73,17 +74,15 @@ inline __m512 score(const bf16* query, const bf16* const* keys, int at, int dim)
 }
 
 // result[head] += weights[head][i] * values[i] for up to kChunkHeads heads that share values,
-// kChunkDims of them, position after position.
-template <int kHeads, bool kWhole>
-inline void weigh_heads(const bf16* const* values, int count, std::int64_t at, int dims_left,
-                        const float* weights, std::size_t weights_stride, float* result,
-                        std::size_t width) {
+// kChunkDims of them, `at` bytes on, position after position. Results are in the order of `split`.
+template <KvKind kKind, int kHeads, bool kWhole>
+inline void weigh_heads(const std::uint8_t* const* values, int count, std::int64_t at,
+                        int dims_left, const float* weights, std::size_t weights_stride,
+                        float* result, std::size_t width) {
   constexpr int kVectors = kChunkDims / kLanes;
-  __mmask16 lanes[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    const int left = dims_left - v * kLanes;
-    lanes[v] = left > 0 ? first_lanes(left) : __mmask16(0);
-  }
+  constexpr int kPartBytes = kDims * value_num_bytes(kKind);
+  const __mmask32 first = kWhole ? __mmask32(~0u) : dims_left_of(dims_left);
+  const __mmask32 second = kWhole ? __mmask32(~0u) : dims_left_of(dims_left - kDims);
   __m512 acc[kHeads][kVectors];
 #pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h) {
@@ -91,17 +90,13 @@ inline void weigh_heads(const bf16* const* values, int count, std::int64_t at, i
     for (int v = 0; v < kVectors; ++v) acc[h][v] = _mm512_loadu_ps(result + h * width + v * kLanes);
   }
   for (int i = 0; i < count; ++i) {
-    const bf16* value = values[i] + at;
-    ask_for(values[i + kAhead] + at);
-    ask_for(values[i + kAhead] + at + kDims);
+    const std::uint8_t* value = values[i] + at;
+    const std::uint8_t* later = values[i + kAhead] + at;
+    ask_for(later);
+    if (2 * kPartBytes > int(kLineBytes)) ask_for(later + kLineBytes);
     __m512 x[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const bf16* part = value + v * kLanes;
-      const __m256i half = kWhole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(part))
-                                  : _mm256_maskz_loadu_epi16(lanes[v], part);
-      x[v] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-    }
+    split<kKind>(value, first, x[0], x[1]);
+    split<kKind>(value + kPartBytes, second, x[2], x[3]);
 #pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) {
       const __m512 weight = _mm512_set1_ps(weights[h * weights_stride + i]);
@@ -116,27 +111,40 @@ inline void weigh_heads(const bf16* const* values, int count, std::int64_t at, i
   }
 }
 
-template <int kHeads>
-void weigh_heads_of(const bf16* const* values, int count, std::int64_t at, int dims_left,
-                    const float* weights, std::size_t weights_stride, float* result,
-                    std::size_t width) {
-  if (dims_left >= kChunkDims) {
-    weigh_heads<kHeads, true>(values, count, at, dims_left, weights, weights_stride, result, width);
-  } else {
-    weigh_heads<kHeads, false>(values, count, at, dims_left, weights, weights_stride, result,
-                               width);
+template <KvKind kKind, int kHeads>
+void weigh_heads_of(const std::uint8_t* const* values, int count, std::int64_t at, int dims_left,
+                    const float* weights, std::size_t stride, float* result, std::size_t width) {
+  const auto weigh_them = dims_left >= kChunkDims ? weigh_heads<kKind, kHeads, true>
+                                                  : weigh_heads<kKind, kHeads, false>;
+  weigh_them(values, count, at, dims_left, weights, stride, result, width);
+}
+
+template <KvKind kKind>
+void weigh(const std::uint8_t* const* values, int count, std::int64_t at, int dims_left,
+           const float* weights, std::size_t stride, int num_heads, float* result,
+           std::size_t width) {
+  const auto weigh_them = num_heads == 1   ? weigh_heads_of<kKind, 1>
+                          : num_heads == 2 ? weigh_heads_of<kKind, 2>
+                          : num_heads == 3 ? weigh_heads_of<kKind, 3>
+                                           : weigh_heads_of<kKind, 4>;
+  weigh_them(values, count, at, dims_left, weights, stride, result, width);
+}
+
+// What sixteen positions keep, `at` bytes on, as bfloat16: [kLanes][width].
+template <KvKind kKind>
+void expand_rows(const std::uint8_t* const* rows, std::int64_t at, int dim, std::size_t width,
+                 bf16* to) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int d = 0; d < dim; d += int(kLineBytes)) ask_for(rows[i + kAhead] + at + d);
+    expand_row<kKind>(rows[i] + at, dim, to + i * width);
   }
 }
 
-void weigh(const bf16* const* values, int count, std::int64_t at, int dims_left,
-           const float* weights, std::size_t stride, int num_heads, float* result,
-           std::size_t width) {
-  switch (num_heads) {
-    case 1: return weigh_heads_of<1>(values, count, at, dims_left, weights, stride, result, width);
-    case 2: return weigh_heads_of<2>(values, count, at, dims_left, weights, stride, result, width);
-    case 3: return weigh_heads_of<3>(values, count, at, dims_left, weights, stride, result, width);
-    default: return weigh_heads_of<4>(values, count, at, dims_left, weights, stride, result, width);
-  }
+// Of sixteen positions the scales of one head, `at` further on.
+__m512 scales_of(const bf16* const* rows, std::int64_t at) {
+  alignas(64) bf16 scales[kLanes];
+  for (int i = 0; i < kLanes; ++i) scales[i] = rows[i][at];
+  return load_bf16(scales);
 }
 
 }  // namespace
@@ -153,21 +161,35 @@ void GenerationAttention::run(Team& team, const KvView& kv, int num_rows,
   const std::size_t padded = round_up(longest, kKeysOfScratch) + kLanes;
   const std::size_t scratch_size = num_heads * (padded + round_up(shape_.head_dim, kChunkDims));
   scratch_.at_least(scratch_size * team.max_threads());
-  rows_.at_least((padded + kAhead) * team.max_threads());
+  const std::size_t num_slots = padded + kAhead;
+  const std::size_t expanded_size = kLanes * std::size_t(round_up(shape_.head_dim, kChunkDims));
+  const bool is_scaled = kv.kind == KvKind::kInt8;
+  rows_.at_least(num_slots * team.max_threads());
+  if (is_scaled) scale_rows_.at_least(num_slots * team.max_threads());
+  if (kv.kind != KvKind::kBfloat16) expanded_.at_least(expanded_size * team.max_threads());
+  const auto attend_kind = kv.kind == KvKind::kBfloat16 ? &GenerationAttention::attend<KvKind::kBfloat16>
+                           : is_scaled ? &GenerationAttention::attend<KvKind::kInt8>
+                                       : &GenerationAttention::attend<KvKind::kFp8>;
   // A turn takes all heads of a row, since they lie side by side in memory; only where there
   // are fewer rows than threads do heads take turns of their own.
   const int parts = num_rows < team.num_threads() ? num_kv_heads : 1;
   team.run(num_rows * parts, [&](int turn, int thread) {
     const int row = turn / parts, part = turn % parts;
     const Heads heads{part * num_kv_heads / parts, (part + 1) * num_kv_heads / parts};
-    attend(kv, positions[row], tables[row], heads, queries + row * width, out + row * stride,
-           scratch_.data() + scratch_size * thread, rows_.data() + (padded + kAhead) * thread);
+    const Scratch scratch{scratch_.data() + scratch_size * thread,
+                          rows_.data() + num_slots * thread,
+                          scale_rows_.data() + (is_scaled ? num_slots * thread : 0),
+                          expanded_.data() + expanded_size * thread};
+    (this->*attend_kind)(kv, positions[row], tables[row], heads, queries + row * width,
+                         out + row * stride, scratch);
   });
 }
 
+template <KvKind kKind>
 void GenerationAttention::attend(const KvView& kv, int position, const std::int32_t* table,
                                  Heads heads, const bf16* queries, bf16* out,
-                                 float* scratch, const bf16** rows) const {
+                                 const Scratch& scratch) const {
+  constexpr bool kIsPlain = kKind == KvKind::kBfloat16, kIsScaled = kKind == KvKind::kInt8;
   const int dim = shape_.head_dim, group = shape_.group();
   const int first = shape_.first_seen(position) / kLanes * kLanes;
   const int num_keys = position + 1 - first;
@@ -176,24 +198,46 @@ void GenerationAttention::attend(const KvView& kv, int position, const std::int3
   const __m512 nothing = _mm512_set1_ps(-1e30f);
   const int first_seen = shape_.first_seen(position) - first;
   const std::size_t width = round_up(dim, kChunkDims);
-  float* scores = scratch;                                 // [num_heads][padded]
-  float* result = scratch + std::size_t(num_heads) * padded;  // [num_heads][width]
+  float* scores = scratch.scores;                         // [num_heads][padded]
+  float* result = scores + std::size_t(num_heads) * padded;  // [num_heads][width]
+  const std::uint8_t** rows = scratch.rows;
+  const bf16** key_scales = scratch.key_scales;
+  const std::uint8_t* expanded[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    expanded[i] = reinterpret_cast<const std::uint8_t*>(scratch.expanded + i * width);
+  }
 
   // Where each position's K is; beyond the last, the last once more.
   for (int i = 0; i < padded + kAhead; ++i) {
     rows[i] = kv.key(table, std::min(first + i, position));
+    if (kIsScaled) key_scales[i] = kv.key_scales(table, std::min(first + i, position));
   }
   for (int i = 0; i < padded; i += kLanes) {
     const __mmask16 seen = first_lanes(num_keys - i) &
                            __mmask16(first_seen > i ? ~first_lanes(first_seen - i) : 0xffff);
+    __m512 scales = nothing;
     for (int head = 0; head < num_heads; ++head) {
       const bf16* query = queries + (heads.begin * group + head) * dim;
-      const int at = (heads.begin + head / group) * dim;
-      const auto products = dim % kDims != 0    ? score<false, true>
-                            : head % group == 0 ? score<true, true>
-                                                : score<true, false>;
+      const int kv_head = heads.begin + head / group;
+      const std::int64_t at = kv_head * dim * value_num_bytes(kKind);
+      __m512 products;
+      if constexpr (kIsPlain) {
+        const auto score_them = dim % kDims != 0    ? score<false, true>
+                                : head % group == 0 ? score<true, true>
+                                                    : score<true, false>;
+        products = score_them(query, rows + i, at, dim);
+      } else {
+        if (head % group == 0) {
+          expand_rows<kKind>(rows + i, at, dim, width, scratch.expanded);
+          if (kIsScaled) scales = scales_of(key_scales + i, kv_head);
+        }
+        // The width is whole vectors, and beyond `dim` there are zeros.
+        const auto score_them = dim % kDims != 0 ? score<false, false> : score<true, false>;
+        products = score_them(query, expanded, 0, dim);
+        if (kIsScaled) products = _mm512_mul_ps(products, scales);
+      }
       _mm512_storeu_ps(scores + std::size_t(head) * padded + i,
-                       _mm512_mask_mov_ps(nothing, seen, products(query, rows + i, at, dim)));
+                       _mm512_mask_mov_ps(nothing, seen, products));
     }
   }
 
@@ -216,12 +260,22 @@ void GenerationAttention::attend(const KvView& kv, int position, const std::int3
   for (int i = 0; i < num_keys; i += kLanes) {
     const int count = std::min(kLanes, num_keys - i);
     for (int head = 0; head < num_heads; head += group) {
-      const int at = (heads.begin + head / group) * dim;
+      const int kv_head = heads.begin + head / group;
+      const std::int64_t at = kv.value_offset + kv_head * dim * value_num_bytes(kKind);
+      if constexpr (kIsScaled) {
+        const __m512 scales =
+            scales_of(key_scales + i, kv.scale_value_offset / std::int64_t(sizeof(bf16)) + kv_head);
+        for (int own = head; own < head + group; ++own) {
+          float* weights = scores + std::size_t(own) * padded + i;
+          _mm512_storeu_ps(weights, _mm512_mul_ps(_mm512_loadu_ps(weights), scales));
+        }
+      }
       for (int own = head; own < head + group; own += kChunkHeads) {
         const int together = std::min(kChunkHeads, head + group - own);
+        const float* weights = scores + std::size_t(own) * padded + i;
         for (int chunk = 0; chunk < dim; chunk += kChunkDims) {
-          weigh(rows + i, count, kv.value_offset + at + chunk, dim - chunk, scores + std::size_t(own) * padded + i,
-                padded, together, result + own * width + chunk, width);
+          weigh<kKind>(rows + i, count, at + chunk * value_num_bytes(kKind), dim - chunk, weights,
+                       padded, together, result + own * width + chunk, width);
         }
       }
     }
@@ -229,9 +283,11 @@ void GenerationAttention::attend(const KvView& kv, int position, const std::int3
 
   for (int head = 0; head < num_heads; ++head) {
     bf16* to = out + (heads.begin * group + head) * dim;
-    for (int d = 0; d < dim; d += kLanes) {
-      const __m512 values = _mm512_loadu_ps(result + head * width + d);
-      _mm256_mask_storeu_epi16(to + d, first_lanes(dim - d), (__m256i)_mm512_cvtneps_pbh(values));
+    for (int d = 0; d < dim; d += kDims) {
+      const float* from = result + head * width + d;
+      const __m512i values =
+          join<kKind>(_mm512_loadu_ps(from), _mm512_loadu_ps(from + kLanes));
+      _mm512_mask_storeu_epi16(to + d, dims_left_of(dim - d), values);
     }
   }
 }

@@ -17,6 +17,7 @@ constexpr int kTurnPositions = 32;
 constexpr float kNothing = -1e30f;
 
 int ceil_div(int value, int by) { return (value + by - 1) / by; }
+int round_up(int value, int to) { return ceil_div(value, to) * to; }
 
 }  // namespace
 
@@ -51,14 +52,33 @@ PromptAttention::PromptAttention(const AttentionShape& shape)
 
 void PromptAttention::run(Team& team, const KvView& kv, const Run& run, const bf16* queries,
                           bf16* out, std::int64_t stride) {
+  switch (kv.kind) {
+    case KvKind::kBfloat16:
+      return run_kind<KvKind::kBfloat16>(team, kv, run, queries, out, stride);
+    case KvKind::kFp8: return run_kind<KvKind::kFp8>(team, kv, run, queries, out, stride);
+    case KvKind::kInt8: return run_kind<KvKind::kInt8>(team, kv, run, queries, out, stride);
+  }
+}
+
+template <KvKind kKind>
+void PromptAttention::run_kind(Team& team, const KvView& kv, const Run& run, const bf16* queries,
+                               bf16* out, std::int64_t stride) {
+  constexpr bool kIsScaled = kKind == KvKind::kInt8;
   const int num_keys = run.start + run.num_rows;
   const int first_tile = shape_.first_seen(run.start) / kKeyTile;
   num_tiles_ = ceil_div(num_keys, kKeyTile) - first_tile;
   const std::size_t tiles = std::size_t(num_tiles_) * shape_.num_kv_heads;
   keys_.at_least(tiles * key_tile_size_);
   values_.at_least(tiles * value_tile_size_);
-  team.run(int(tiles), [&](int turn, int) {
-    pack(kv, run, first_tile, turn % num_tiles_, turn / num_tiles_);
+  if (kIsScaled) {
+    key_scales_.at_least(tiles * kKeyTile);
+    value_scales_.at_least(tiles * kKeyTile);
+  }
+  const std::size_t row_size = 2 * round_up(shape_.head_dim, kExpanded);
+  if (kKind != KvKind::kBfloat16) expanded_.at_least(row_size * team.max_threads());
+  team.run(int(tiles), [&](int turn, int thread) {
+    pack<kKind>(kv, run, first_tile, turn % num_tiles_, turn / num_tiles_,
+                expanded_.data() + row_size * thread);
   });
 
   const int rows_of_turn = kTurnPositions * shape_.group();
@@ -69,16 +89,17 @@ void PromptAttention::run(Team& team, const KvView& kv, const Run& run, const bf
     // The longest first, so that no thread is left alone with one at the end.
     const int part = num_parts - 1 - turn / shape_.num_kv_heads;
     const int first = part * kTurnPositions;
-    attend(run, first_tile, turn % shape_.num_kv_heads, first,
-           std::min(kTurnPositions, run.num_rows - first), queries, out, stride,
-           scratch_.data() + scratch_size * thread);
+    attend<kIsScaled>(run, first_tile, turn % shape_.num_kv_heads, first,
+                      std::min(kTurnPositions, run.num_rows - first), queries, out, stride,
+                      scratch_.data() + scratch_size * thread);
   });
 }
 
 // One tile of keys and values of one head, as panels. Slots beyond the run are zeros: whatever
 // lies in them may be no number at all, and would spoil even a weight of zero.
-void PromptAttention::pack(const KvView& kv, const Run& run, int first_tile, int tile,
-                           int kv_head) {
+template <KvKind kKind>
+void PromptAttention::pack(const KvView& kv, const Run& run, int first_tile, int tile, int kv_head,
+                           bf16* expanded) {
   const int dim = shape_.head_dim;
   const std::size_t at = std::size_t(kv_head) * num_tiles_ + tile;
   bf16* keys = keys_.data() + at * key_tile_size_;
@@ -89,9 +110,28 @@ void PromptAttention::pack(const KvView& kv, const Run& run, int first_tile, int
   if (num_keys < kKeyTile || dim % kPanelOutputs != 0) {
     std::memset(values, 0, value_tile_size_ * sizeof(bf16));
   }
+  if (kKind == KvKind::kInt8) {
+    float* key_scales = key_scales_.data() + at * kKeyTile;
+    float* value_scales = value_scales_.data() + at * kKeyTile;
+    std::fill_n(key_scales + num_keys, kKeyTile - num_keys, 0.0f);
+    std::fill_n(value_scales + num_keys, kKeyTile - num_keys, 0.0f);
+    for (int i = 0; i < num_keys; ++i) {
+      key_scales[i] = to_float(kv.key_scales(run.table, first + i)[kv_head]);
+      value_scales[i] = to_float(kv.value_scales(run.table, first + i)[kv_head]);
+    }
+  }
   for (int i = 0; i < num_keys; ++i) {
-    const bf16* key = kv.key(run.table, first + i) + kv_head * dim;
-    const bf16* value = key + kv.value_offset;
+    const std::uint8_t* kept =
+        kv.key(run.table, first + i) + kv_head * dim * value_num_bytes(kKind);
+    const bf16 *key, *value;
+    if constexpr (kKind == KvKind::kBfloat16) {
+      key = reinterpret_cast<const bf16*>(kept);
+      value = reinterpret_cast<const bf16*>(kept + kv.value_offset);
+    } else {
+      key = expanded, value = expanded + round_up(dim, kExpanded);
+      expand_row<kKind>(kept, dim, expanded);
+      expand_row<kKind>(kept + kv.value_offset, dim, expanded + round_up(dim, kExpanded));
+    }
     for (int pair = 0; pair < dim / 2; ++pair) {
       std::memcpy(keys + (pair * kKeyTile + i) * 2, key + 2 * pair, 4);
     }
@@ -103,6 +143,7 @@ void PromptAttention::pack(const KvView& kv, const Run& run, int first_tile, int
   }
 }
 
+template <bool kIsScaled>
 void PromptAttention::attend(const Run& run, int first_tile, int kv_head, int first_row,
                              int num_positions, const bf16* queries, bf16* out,
                              std::int64_t stride, float* memory) {
@@ -136,6 +177,8 @@ void PromptAttention::attend(const Run& run, int first_tile, int kv_head, int fi
     const std::size_t at = std::size_t(kv_head) * num_tiles_ + (tile - first_tile);
     const bf16* keys = keys_.data() + at * key_tile_size_;
     const bf16* values = values_.data() + at * value_tile_size_;
+    const float* key_scales = kIsScaled ? key_scales_.data() + at * kKeyTile : nullptr;
+    const float* value_scales = kIsScaled ? value_scales_.data() + at * kKeyTile : nullptr;
     const int tile_start = tile * kKeyTile;
     // Whether every row of this turn sees the whole tile.
     const bool is_whole = tile_start + kKeyTile - 1 <= first_position &&
@@ -164,7 +207,12 @@ void PromptAttention::attend(const Run& run, int first_tile, int kv_head, int fi
       __m512 top = _mm512_set1_ps(kNothing);
       if (is_whole) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v) scores[v] = _mm512_loadu_ps(from + v * kLanes);
+        for (int v = 0; v < kTileVectors; ++v) {
+          scores[v] = _mm512_loadu_ps(from + v * kLanes);
+          if (kIsScaled) {
+            scores[v] = _mm512_mul_ps(scores[v], _mm512_loadu_ps(key_scales + v * kLanes));
+          }
+        }
       } else {
         const int position = first_position + row / group;
         const int end = std::clamp(position + 1 - tile_start, 0, kKeyTile);
@@ -176,6 +224,10 @@ void PromptAttention::attend(const Run& run, int first_tile, int kv_head, int fi
         for (int v = 0; v < kTileVectors; ++v) {
           const __mmask16 lanes = __mmask16(seen >> (v * kLanes));
           scores[v] = _mm512_mask_loadu_ps(masked, lanes, from + v * kLanes);
+          if (kIsScaled) {
+            scores[v] = _mm512_mask_mul_ps(masked, lanes, scores[v],
+                                           _mm512_loadu_ps(key_scales + v * kLanes));
+          }
         }
       }
 #pragma GCC unroll 4
@@ -199,7 +251,10 @@ void PromptAttention::attend(const Run& run, int first_tile, int kv_head, int fi
       for (int v = 0; v < kTileVectors; ++v) {
         const __m512 weight = exp2(_mm512_sub_ps(scores[v], shift));
         total = _mm512_add_ps(total, weight);
-        store_bf16(weights + v * kLanes, weight);
+        store_bf16(weights + v * kLanes,
+                   kIsScaled
+                       ? _mm512_mul_ps(weight, _mm512_loadu_ps(value_scales + v * kLanes))
+                       : weight);
       }
       _mm512_storeu_ps(total_at, total);
     }

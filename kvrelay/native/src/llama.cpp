@@ -52,9 +52,8 @@ void normalize_head(float* x, int size, const float* norm, float eps) {
   }
 }
 
-// Turns the two halves of a head by its position's angles, and rounds.
-void rotate_head(const float* x, const float* rope, int half, float scale, bf16* to) {
-  const __m512 factor = _mm512_set1_ps(scale);
+// Turns the two halves of a head by its position's angles.
+void rotate_head(float* x, const float* rope, int half) {
   for (int i = 0; i < half; i += kLanes) {
     const __mmask16 lanes = first_lanes(half - i);
     const __m512 a = _mm512_maskz_loadu_ps(lanes, x + i);
@@ -63,18 +62,17 @@ void rotate_head(const float* x, const float* rope, int half, float scale, bf16*
     const __m512 sine = _mm512_maskz_loadu_ps(lanes, rope + half + i);
     const __m512 first = _mm512_fmsub_ps(a, cosine, _mm512_mul_ps(b, sine));
     const __m512 second = _mm512_fmadd_ps(b, cosine, _mm512_mul_ps(a, sine));
-    _mm256_mask_storeu_epi16(to + i, lanes,
-                             (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(first, factor)));
-    _mm256_mask_storeu_epi16(to + half + i, lanes,
-                             (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(second, factor)));
+    _mm512_mask_storeu_ps(x + i, lanes, first);
+    _mm512_mask_storeu_ps(x + half + i, lanes, second);
   }
 }
 
-void round_row(const float* from, int size, bf16* to) {
+void round_scaled(const float* from, int size, float scale, bf16* to) {
+  const __m512 factor = _mm512_set1_ps(scale);
   for (int i = 0; i < size; i += kLanes) {
     const __mmask16 lanes = first_lanes(size - i);
-    _mm256_mask_storeu_epi16(to + i, lanes,
-                             (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, from + i)));
+    const __m512 values = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, from + i), factor);
+    _mm256_mask_storeu_epi16(to + i, lanes, (__m256i)_mm512_cvtneps_pbh(values));
   }
 }
 
@@ -292,9 +290,22 @@ const Matrix& Llama::matrix(const Layer& layer, Path path, Product product) cons
 }
 
 KvView Llama::kv_of(int layer) const {
-  const std::int64_t slot = std::int64_t(shape_.num_kv_heads) * shape_.head_dim;
-  const std::int64_t part = slot * shape_.block_size;
-  return {cache_ + layer * 2 * part, shape_.num_layers * 2 * part, part, slot, block_shift_};
+  const KvKind kind = KvKind(shape_.kv_kind);
+  const std::int64_t num_parts = 2 * std::int64_t(shape_.num_layers);
+  KvView view{};
+  view.kind = kind;
+  view.block_shift = block_shift_;
+  view.slot_stride = std::int64_t(shape_.num_kv_heads) * shape_.head_dim * value_num_bytes(kind);
+  view.value_offset = view.slot_stride * shape_.block_size;
+  view.data = cache_ + layer * 2 * view.value_offset;
+  view.block_stride = num_parts * view.value_offset;
+  if (kind != KvKind::kInt8) return view;
+  // Scales follow their block's values.
+  view.scale_slot_stride = shape_.num_kv_heads * std::int64_t(sizeof(bf16));
+  view.scale_value_offset = view.scale_slot_stride * shape_.block_size;
+  view.scales = cache_ + view.block_stride + layer * 2 * view.scale_value_offset;
+  view.block_stride += num_parts * view.scale_value_offset;
+  return view;
 }
 
 template <class Body>
@@ -343,16 +354,21 @@ void Llama::rotate_row(const Layer& layer, const KvView& kv, const Row& row, flo
   for (int head = 0; head < shape_.num_heads; ++head) {
     float* x = qkv + head * dim;
     if (query_norm.size()) normalize_head(x, dim, query_norm.data(), shape_.rms_norm_eps);
-    rotate_head(x, rope, dim / 2, query_scale_, queries + head * dim);
+    rotate_head(x, rope, dim / 2);
+    round_scaled(x, dim, query_scale_, queries + head * dim);
   }
-  bf16* key = kv.key(row.table, row.position);
+  float* keys = qkv + shape_.num_heads * dim;
   for (int head = 0; head < shape_.num_kv_heads; ++head) {
-    float* x = qkv + (shape_.num_heads + head) * dim;
+    float* x = keys + head * dim;
     if (key_norm.size()) normalize_head(x, dim, key_norm.data(), shape_.rms_norm_eps);
-    rotate_head(x, rope, dim / 2, 1.0f, key + head * dim);
+    rotate_head(x, rope, dim / 2);
   }
-  const int kv_width = shape_.num_kv_heads * dim;
-  round_row(qkv + (shape_.num_heads + shape_.num_kv_heads) * dim, kv_width, key + kv.value_offset);
+  std::uint8_t* at = kv.key(row.table, row.position);
+  const bool has_scales = kv.kind == KvKind::kInt8;
+  keep(kv.kind, keys, shape_.num_kv_heads, dim, at,
+       has_scales ? kv.key_scales(row.table, row.position) : nullptr);
+  keep(kv.kind, keys + shape_.num_kv_heads * dim, shape_.num_kv_heads, dim, at + kv.value_offset,
+       has_scales ? kv.value_scales(row.table, row.position) : nullptr);
 }
 
 void Llama::finish(float* logits, std::int32_t* likeliest, int num_rows) {

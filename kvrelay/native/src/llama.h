@@ -24,6 +24,7 @@ struct Shape {
   std::int32_t num_positions;
   std::int32_t window;  // 0: none
   std::int32_t block_size;
+  std::int32_t kv_kind;  // a KvKind
   float rms_norm_eps;
 };
 
@@ -54,7 +55,7 @@ class Llama {
   void set_embedding(const bf16* data);  // [vocab_size][hidden_size], copied
   void set_head(WeightKind kind, const void* data);
   void set_rope(const float* table);  // [num_positions][2][head_dim / 2]: cosines, sines
-  void set_cache(bf16* data) { cache_ = data; }
+  void set_cache(std::uint8_t* data) { cache_ = data; }
 
   // `logits`: [rows][vocab_size]; `likeliest`: of each row its likeliest token, the lowest of
   // equals, or -1 if a logit is no finite number. Throws before anything is computed if a
@@ -101,7 +102,7 @@ class Llama {
   Array<bf16> embedding_;
   Array<float> rope_;
   std::unique_ptr<Matrix> head_;
-  bf16* cache_ = nullptr;
+  std::uint8_t* cache_ = nullptr;
   int block_shift_;
   float query_scale_;
 

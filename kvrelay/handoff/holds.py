@@ -5,6 +5,9 @@ Lapsed: anything else. The fence is that one bit: a puller that is refused drops
 read, so a block may be reused the moment its hold lapsed, even while a puller that reads
 our memory directly is still copying it. What such a copy holds is never used.
 
+Held are the KV of a prompt, which a prefill worker gives away, or that of a running sequence,
+which moves: it runs on until its puller freezes it, and again if the hold lapses.
+
 Timers only escalate. A hold with a puller connected has no time limit here; one that
 nobody is connected to is given up after `hold_s`, and counted.
 """
@@ -22,14 +25,18 @@ class HoldState(Enum):
     """Where a hold is. The last three are final."""
 
     EXPECTED = auto()
-    """Somebody wants to pull it; its prompt has not been submitted yet."""
+    """Somebody wants to pull it; nobody has begun it yet."""
 
     COMPUTING = auto()
+    """More KV is to come."""
+
     COMPLETE = auto()
+    """All of it is there, and the sequence computes no more."""
+
     RELEASED = auto()
     LAPSED = auto()
     FINISHED = auto()
-    """The first token was the last: nothing is held, and nothing was lost either."""
+    """The request ended here: nothing is held, and nothing was lost either."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +47,25 @@ class HoldLimits:
     """A complete hold without a connected puller lapses after this."""
 
     unclaimed_hold_s: float
-    """A pull may wait this long for its prompt to be submitted."""
+    """A pull may wait this long for its hold to begin."""
 
     max_expected: int
-    """Pulls that may wait at once for their prompts to be submitted."""
+    """Pulls that may wait at once for their holds to begin."""
 
     max_remembered: int
     """Ended holds whose outcome can still be told."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullTerms:
+    """How a puller wants its blocks; the same whenever it connects."""
+
+    wire_dtype: str
+    """KV dtype that it would like to move."""
+
+    digest_kind: str
+    limit_tokens: int
+    """Most tokens whose KV it has room for; 0: no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +74,11 @@ class AnnouncedBlock:
 
     block_id: BlockId
     generation: int
-    digest: int
 
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """The KV of one prompt on its way out. Mutated by `Holds` only."""
+    """The KV of one sequence on its way out. Mutated by `Holds` only."""
 
     handoff_id: str
     state: HoldState = HoldState.EXPECTED
@@ -69,7 +87,15 @@ class Hold:
     prompt_ids: tuple[int, ...] = ()
     """Forgotten when the hold ends."""
 
+    is_running: bool = False
+    """Whether the sequence generates here, so that there may be more KV at the end."""
+
+    terms: PullTerms | None = None
+    """None until its puller has connected."""
+
     num_tokens: int = 0
+    """Whose KV is held, or will be; of a running sequence, so far."""
+
     num_blocks: int = 0
     block_table: tuple[BlockId, ...] = ()
     num_ready: int = 0
@@ -78,10 +104,15 @@ class Hold:
     announced: list[AnnouncedBlock] = field(default_factory=list)
     """Forgotten when the hold ends."""
 
+    digests: list[int] = field(default_factory=list)
+    """Of the first announced blocks. Forgotten when the hold ends."""
+
     released_generations: tuple[int, ...] = ()
     """What a release that is repeated must say again."""
 
-    first_token_id: int | None = None
+    output_ids: tuple[int, ...] = ()
+    """All tokens generated here, once it is complete."""
+
     num_pulls: int = 0
     """Pullers connected now."""
 
@@ -91,6 +122,15 @@ class Hold:
     @property
     def is_alive(self) -> bool:
         return self.state in (HoldState.COMPUTING, HoldState.COMPLETE)
+
+    @property
+    def undigested(self) -> list[AnnouncedBlock]:
+        return self.announced[len(self.digests) :]
+
+    @property
+    def is_told(self) -> bool:
+        """Whether a puller can know all there is to know."""
+        return self.state is HoldState.COMPLETE and len(self.digests) == self.num_blocks
 
     @property
     def ready_unannounced(self) -> tuple[BlockId, ...]:
@@ -137,22 +177,24 @@ class Holds:
     # The holder's side
 
     def begin(
-        self, handoff_id: str, *, puller_id: str, seq_id: str, prompt_ids: tuple[int, ...]
+        self,
+        handoff_id: str,
+        *,
+        puller_id: str,
+        seq_id: str,
+        prompt_ids: tuple[int, ...],
+        is_running: bool = False,
     ) -> Hold:
-        """A prompt was submitted.
+        """A prompt was submitted, or a sequence that runs is to move.
 
         Raises:
             InvalidRequest: the id names a hold already; ids are minted once.
         """
-        hold = self._holds.get(handoff_id)
-        if handoff_id in self._ended or (hold and hold.state is not HoldState.EXPECTED):
-            raise InvalidRequest("handoff_id", "used before", handoff_id=handoff_id)
-        if hold is None:
-            hold = self._holds[handoff_id] = Hold(handoff_id)
-        hold.state = HoldState.COMPUTING
+        hold = self._begin(handoff_id)
         hold.puller_id = puller_id
         hold.seq_id = seq_id
         hold.prompt_ids = prompt_ids
+        hold.is_running = is_running
         hold.num_tokens = len(prompt_ids)
         hold.num_blocks = -(-len(prompt_ids) // self._block_size)
         return hold
@@ -160,16 +202,22 @@ class Holds:
     def advance(self, hold: Hold, block_table: tuple[BlockId, ...], num_computed: int) -> None:
         """`num_computed` tokens have their KV. A partly filled block is not final yet."""
         assert hold.state is HoldState.COMPUTING, hold.state
-        assert not hold.block_table or hold.block_table == block_table, "a held block moved"
-        assert len(block_table) == hold.num_blocks, (len(block_table), hold.num_blocks)
-        hold.block_table = block_table
+        if hold.is_running:
+            assert block_table[: hold.num_ready] == hold.block_table[: hold.num_ready], "moved"
+            hold.num_tokens = num_computed
+            hold.num_blocks = -(-num_computed // self._block_size)
+        else:
+            assert not hold.block_table or hold.block_table == block_table, "a held block moved"
+            assert len(block_table) == hold.num_blocks, (len(block_table), hold.num_blocks)
+        hold.block_table = block_table[: hold.num_blocks]
         hold.num_ready = max(hold.num_ready, num_computed // self._block_size)
 
-    def complete(self, hold: Hold, first_token_id: int, now_s: float) -> None:
-        """All KV is in place, and the prompt's first token is known."""
+    def complete(self, hold: Hold, output_ids: tuple[int, ...], now_s: float) -> None:
+        """All KV is in place, and every token that was generated here is known."""
         assert hold.state is HoldState.COMPUTING, hold.state
+        assert output_ids
         hold.state = HoldState.COMPLETE
-        hold.first_token_id = first_token_id
+        hold.output_ids = output_ids
         hold.num_ready = hold.num_blocks
         hold.idle_since_s = now_s
 
@@ -183,6 +231,12 @@ class Holds:
         ), "announced out of order"
         hold.announced += blocks
 
+    def digested(self, hold: Hold, digests: Sequence[int]) -> None:
+        """Digests of the next announced blocks."""
+        hold.require_alive()
+        assert len(hold.digests) + len(digests) <= len(hold.announced)
+        hold.digests += digests
+
     def lapse(self, hold: Hold) -> None:
         """The hold ends without its puller's proof: cancelled, or given up."""
         assert hold.is_alive, hold.state
@@ -191,13 +245,13 @@ class Holds:
 
     def finish(self, hold: Hold) -> None:
         """The request is over: nobody needs the KV."""
-        assert hold.state is HoldState.COMPUTING, hold.state
+        assert hold.is_alive, hold.state
         hold.state = HoldState.FINISHED
         self._end(hold)
 
     # The puller's side
 
-    def connect(self, handoff_id: str, puller_id: str, now_s: float) -> Hold:
+    def connect(self, handoff_id: str, puller_id: str, terms: PullTerms, now_s: float) -> Hold:
         """Somebody wants to pull. Every return is paired with one `disconnect`.
 
         A finished hold may still be connected to: its puller is about to be called off by
@@ -206,7 +260,8 @@ class Holds:
         Raises:
             HandoffLost: it ended.
             PermissionDenied: it is held for another worker.
-            QueueFull: too many pulls wait for prompts that were not submitted.
+            QueueFull: too many pulls wait for holds that were not begun.
+            InvalidRequest: it was pulled on other terms before.
         """
         hold = self._holds.get(handoff_id) or self._ended.get(handoff_id)
         if hold is None:
@@ -217,6 +272,9 @@ class Holds:
             hold.require_puller(puller_id)
             if hold.state is not HoldState.FINISHED:
                 hold.require_alive()
+        if hold.terms not in (None, terms):
+            raise InvalidRequest("handoff_id", "pulled on other terms", handoff_id=handoff_id)
+        hold.terms = terms
         hold.num_pulls += 1
         return hold
 
@@ -227,6 +285,11 @@ class Holds:
         hold.idle_since_s = now_s
         if hold.num_pulls == 0 and hold.state is HoldState.EXPECTED:
             del self._holds[hold.handoff_id]
+
+    def alive(self, handoff_id: str) -> Hold | None:
+        """The hold, if it was begun and has not ended."""
+        hold = self._holds.get(handoff_id)
+        return hold if hold is not None and hold.is_alive else None
 
     def find(self, handoff_id: str, puller_id: str) -> Hold:
         """A living hold, for its puller.
@@ -248,12 +311,12 @@ class Holds:
         puller_id: str,
         *,
         generations: Sequence[int],
-        current: Callable[[BlockId], int],
+        current: Callable[[Sequence[BlockId]], Sequence[int]],
     ) -> Hold | None:
         """The fence: end a hold that never lapsed. None if that was granted before.
 
-        `generations` are what the puller was told of each block, `current` says what a
-        block's generation is now.
+        `generations` are what the puller was told of each block, `current` says what
+        blocks' generations are now.
 
         Raises:
             HandoffLost: drop the bytes. The hold, if there is one, stays as it is.
@@ -265,7 +328,7 @@ class Holds:
             _require_equal(handoff_id, "told", generations, ended.released_generations)
             return None
         hold = self.find(handoff_id, puller_id)
-        if hold.state is not HoldState.COMPLETE:
+        if not hold.is_told:
             raise HandoffLost(
                 f"handoff {handoff_id} is still being computed", handoff_id=handoff_id
             )
@@ -273,8 +336,7 @@ class Holds:
         _require_equal(handoff_id, "told", generations, told)
         # The engine keeps the blocks of a living hold, so this can only fail by our own bug;
         # then a refusal costs one prefill, and silence would cost a wrong token.
-        now = [current(block) for block in hold.block_table]
-        _require_equal(handoff_id, "now", generations, now)
+        _require_equal(handoff_id, "now", generations, current(hold.block_table))
         hold.state = HoldState.RELEASED
         hold.released_generations = tuple(generations)
         self.num_released += 1
@@ -315,6 +377,7 @@ class Holds:
         assert len(self._ended) <= self._limits.max_remembered
         assert self._num_expected_pulls() <= self._limits.max_expected
         for hold in self._holds.values():
+            assert len(hold.digests) <= len(hold.announced), hold.handoff_id
             assert len(hold.announced) <= hold.num_ready <= hold.num_blocks, hold.handoff_id
 
     def _due_s(self, hold: Hold) -> float | None:
@@ -329,10 +392,20 @@ class Holds:
         hold = self._holds[handoff_id] = Hold(handoff_id, idle_since_s=now_s)
         return hold
 
+    def _begin(self, handoff_id: str) -> Hold:
+        """A hold that computes, expected by somebody or new."""
+        hold = self._holds.get(handoff_id)
+        if handoff_id in self._ended or (hold and hold.state is not HoldState.EXPECTED):
+            raise InvalidRequest("handoff_id", "used before", handoff_id=handoff_id)
+        if hold is None:
+            hold = self._holds[handoff_id] = Hold(handoff_id)
+        hold.state = HoldState.COMPUTING
+        return hold
+
     def _refuse_crowd(self) -> None:
         queued, limit = self._num_expected_pulls(), self._limits.max_expected
         if queued >= limit:
-            raise QueueFull(what="pulls of prompts not submitted", queued=queued, limit=limit)
+            raise QueueFull(what="pulls of holds not begun", queued=queued, limit=limit)
 
     def _num_expected_pulls(self) -> int:
         return sum(
@@ -344,6 +417,7 @@ class Holds:
         self._ended[hold.handoff_id] = hold
         hold.prompt_ids = ()
         hold.announced = []
+        hold.digests = []
         if len(self._ended) > self._limits.max_remembered:
             self._ended.popitem(last=False)
 

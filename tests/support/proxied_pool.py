@@ -1,0 +1,253 @@
+"""A whole pool in this process, each worker behind a proxy: real but for model and tokenizer.
+
+Everything that workers and the coordinator say to each other goes through the proxies, which
+can lose, repeat, delay and cut it, or have a worker die, stop or be started again meanwhile.
+The scripted model reads its whole context back from the bytes that were handed over, so KV of
+another request, or none, fails a step or shows in the tokens.
+"""
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+
+from coordinator.request import GenerateSpec, TokenPrompt
+from kvrelay.clock import MonotonicClock
+from kvrelay.errors import ServingError
+from kvrelay.events import Delta
+from kvrelay.handoff.holds import HoldLimits
+from kvrelay.rpc.membership import Membership
+from kvrelay.types import Fingerprint, Role, WorkerIdentity
+from tests.support.handoff_proxy import Act, HandoffProxy, Rule, proxy_before
+from tests.support.scripted_coordinator import Deployment, scripted_coordinator
+from tests.support.scripted_model import StepGate, expected_tokens
+from tests.support.workers import (
+    LAYOUT,
+    Bench,
+    decode_worker,
+    prefill_worker,
+    until,
+)
+
+Hook = Callable[[], Awaitable[None]]
+
+FINGERPRINT = Fingerprint(model_digest="m", numerics="scripted-v1", layout=LAYOUT)
+NUM_BLOCKS = 64
+
+HOLD_LIMITS = HoldLimits(hold_s=0.4, unclaimed_hold_s=0.4, max_expected=64, max_remembered=256)
+"""Short: what nobody comes for is found out while a test waits."""
+
+RELEASE_TIMEOUT_S = 0.4
+ASK_TIMEOUT_S = 8.0
+
+
+class Pace(StepGate):
+    """Makes every step take a while, so that there is a middle to act in."""
+
+    def __init__(self, step_s: float) -> None:
+        super().__init__()
+        self._step_s = step_s
+
+    def pass_through(self, timeout_s: float = 10.0) -> None:
+        if not self._is_open.is_set():
+            time.sleep(self._step_s)
+
+
+@dataclass
+class Node:
+    """A worker's name and address, and whoever is that worker now."""
+
+    role: Role
+    name: str
+    proxy: HandoffProxy
+    coordinator: str
+    transport: str
+    step_s: float
+    stack: contextlib.AsyncExitStack
+    bench: Bench | None = None
+    joining: "asyncio.Task[None] | None" = None
+    num_starts: int = 0
+
+    async def start(self) -> None:
+        """Serve behind the proxy, and join the pool."""
+        worker = prefill_worker if self.role is Role.PREFILL else decode_worker
+        options: dict = (
+            {} if self.role is Role.PREFILL else {"release_timeout_s": RELEASE_TIMEOUT_S}
+        )
+        gate = Pace(self.step_s) if self.step_s else None
+        bench = self.bench = await self.stack.enter_async_context(
+            worker(
+                worker_id=self.name,
+                epoch=secrets.token_hex(8),
+                hold_limits=HOLD_LIMITS,
+                num_blocks=NUM_BLOCKS,
+                fingerprint=FINGERPRINT,
+                gate=gate,
+                **options,
+            )
+        )
+        self.num_starts += 1
+        await self.proxy.come_back(bench.address)
+        membership = Membership(
+            identity=self._identity(bench),
+            coordinator=self.coordinator,
+            load=bench.service.load,
+            clock=MonotonicClock(),
+            on_key=bench.desk.take_key,
+        )
+        self.joining = asyncio.create_task(membership.run())
+
+    def _identity(self, bench: Bench) -> WorkerIdentity:
+        return WorkerIdentity(
+            worker_id=self.name,
+            epoch=bench.epoch,
+            role=self.role,
+            address=self.proxy.address,
+            pid=1,
+            fingerprint=FINGERPRINT,
+            num_blocks=NUM_BLOCKS,
+            max_sequences=8,
+            offers=(bench.offer(self.transport),),
+        )
+
+    async def die(self) -> None:
+        """Everything that led to it breaks off, and nobody answers any more."""
+        await self.proxy.go_down()
+        await self.leave()
+
+    async def leave(self) -> None:
+        if self.joining is not None:
+            self.joining.cancel()
+            await asyncio.gather(self.joining, return_exceptions=True)
+
+    async def restart(self) -> None:
+        """Die, and be somebody else at the same address."""
+        await self.die()
+        await self.start()
+
+    async def stop_for(self, stopped_s: float) -> None:
+        """Stand still, and go on."""
+        self.proxy.stop()
+        await asyncio.sleep(stopped_s)
+        self.proxy.resume()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a caller got."""
+
+    token_ids: tuple[int, ...]
+    error: ServingError | None = None
+
+
+@dataclass
+class ProxiedPool:
+    """What tests touch."""
+
+    coordinator: Deployment
+    nodes: list[Node]
+    rules: list[Rule] = field(default_factory=list)
+    happening: "set[asyncio.Task[None]]" = field(default_factory=set)
+
+    def of(self, role: Role) -> list[Node]:
+        return [node for node in self.nodes if node.role is role]
+
+    def at(
+        self, step: str, act_of: Callable[[Node], Act], *, which: int = 0, only: str = ""
+    ) -> Rule:
+        """One rule at all workers, acting once: at the first that the step comes to."""
+        shared = None
+        for node in self.nodes:
+            rule = node.proxy.at(step, act_of(node), which=which, only=only)
+            if shared is not None:
+                rule.has_acted = shared.has_acted
+            shared = rule
+        assert shared is not None
+        self.rules.append(shared)
+        return shared
+
+    def whole(self, happening: Callable[[], Coroutine[None, None, None]]) -> Hook:
+        """A hook that does all of it, even if that breaks the call at whose message it is done."""
+
+        async def hook() -> None:
+            task = asyncio.create_task(happening())
+            self.happening.add(task)
+            await asyncio.shield(task)
+
+        return hook
+
+    @property
+    def seen(self) -> Counter[str]:
+        return sum((node.proxy.seen for node in self.nodes), Counter())
+
+    async def ask(
+        self, prompt_ids: Sequence[int], max_tokens: int, *, timeout_s: float = ASK_TIMEOUT_S
+    ) -> Answer:
+        """As a caller does, with a deadline. Positions must follow each other."""
+        spec = GenerateSpec(
+            prompt=TokenPrompt(tuple(prompt_ids)), max_tokens=max_tokens, temperature=0.0
+        )
+        token_ids: list[int] = []
+        try:
+            events = self.coordinator.relay.generate(spec, time_left_s=timeout_s)
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    if isinstance(event, Delta):
+                        assert event.position == len(token_ids), "a gap or a repeat"
+                        token_ids += event.token_ids
+        except ServingError as error:
+            return Answer(tuple(token_ids), error)
+        return Answer(tuple(token_ids))
+
+    def require_right(self, answer: Answer, prompt_ids: Sequence[int], max_tokens: int) -> None:
+        """All tokens, or the first ones and a typed error; never another."""
+        expected = expected_tokens(prompt_ids, max_tokens)
+        assert answer.token_ids == expected[: len(answer.token_ids)], "wrong tokens"
+        if answer.error is None:
+            assert answer.token_ids == expected
+
+    async def settle(self) -> None:
+        """Until nobody holds anything for anybody."""
+        await asyncio.gather(*self.happening)
+        benches = [node.bench for node in self.nodes if node.bench is not None]
+        await until(lambda: all(bench.engine.is_idle or bench.failures for bench in benches))
+        for bench in benches:
+            assert not bench.failures, bench.failures
+
+
+@contextlib.asynccontextmanager
+async def proxied_pool(
+    *,
+    num_prefill: int = 1,
+    num_decode: int = 1,
+    transport: str = "shm",
+    step_s: float = 0.0,
+) -> AsyncIterator[ProxiedPool]:
+    """Workers that have joined, and at the end: none failed, and every block is given back."""
+    async with contextlib.AsyncExitStack() as stack:
+        coordinator = await stack.enter_async_context(scripted_coordinator(suspect_after_s=1.0))
+        pool = ProxiedPool(coordinator, [])
+        names = [(Role.PREFILL, f"p{i}") for i in range(num_prefill)]
+        names += [(Role.DECODE, f"d{i}") for i in range(num_decode)]
+        for role, name in names:
+            proxy = await stack.enter_async_context(proxy_before())
+            node = Node(role, name, proxy, coordinator.address, transport, step_s, stack)
+            await node.start()
+            pool.nodes.append(node)
+        await until_members(pool, len(names))
+        try:
+            yield pool
+            await pool.settle()
+        finally:
+            for node in pool.nodes:
+                await node.leave()
+
+
+async def until_members(pool: ProxiedPool, number: int) -> None:
+    """Until so many take work."""
+    async with asyncio.timeout(10):
+        while sum(m.takes_work for m in pool.coordinator.pool.members()) < number:
+            await pool.coordinator.pool.wait_change()

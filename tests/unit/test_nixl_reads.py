@@ -1,0 +1,254 @@
+"""The thread that has reads made: what it does with an agent that fails, stalls or hangs."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvrelay.clock import MonotonicClock
+from kvrelay.errors import KvCorrupt, PeerUnavailable, QuiescenceLost
+from kvrelay.transfer.nixl_reads import (
+    Pull,
+    Ranges,
+    ReadFailed,
+    Reads,
+    batches_of,
+    outcome,
+)
+
+PATIENT = {"patience_s": 5.0, "quiesce_timeout_s": 5.0}
+
+
+class ScriptedAgent:
+    """A read from a peer is over at once, never (`silent`), or fails (`broken`)."""
+
+    def __init__(self) -> None:
+        self.silent: set[str] = set()
+        self.broken: set[str] = set()
+        self.told: list[str] = []
+        self.has_begun = threading.Event()
+        self.let_close = threading.Event()
+        self.let_close.set()
+        self._reads: list[str] = []
+
+    def add_peer(self, metadata: bytes) -> str:
+        self.told.append(f"add {metadata.decode()}")
+        return metadata.decode()
+
+    def remove_peer(self, name: str) -> None:
+        self.told.append(f"remove {name}")
+
+    def begin(self, peer: str, *, sources: Ranges, targets: Ranges) -> int:
+        if peer in self.broken:
+            raise ReadFailed("broken")
+        self.told.append(f"read {peer}")
+        self.has_begun.set()
+        self._reads.append(peer)
+        return len(self._reads) - 1
+
+    def is_over(self, handle: int) -> bool:
+        return self._reads[handle] not in self.silent
+
+    def forget(self, handle: int) -> None:
+        assert self.is_over(handle)
+
+    def close(self) -> None:
+        self.let_close.wait()
+        self.told.append("close")
+
+
+def pull_from(peer: str, *, limit_s: float = 5.0, num_batches: int = 1) -> Pull:
+    lengths = np.full(num_batches, 16 << 20)
+    at = np.cumsum(lengths) * 2
+    return Pull(
+        worker_id=peer,
+        peer=peer,
+        metadata=peer.encode(),
+        batches=batches_of(at, at, lengths, stall_s=limit_s, floor_bytes_per_s=1e12),
+    )
+
+
+def open_reads(open_agent: Callable[[], ScriptedAgent], *, max_peers: int = 4) -> Reads:
+    return Reads(open_agent, clock=MonotonicClock(), max_peers=max_peers, name="test-reads")
+
+
+async def close(reads: Reads) -> None:
+    await asyncio.wrap_future(reads.close())
+
+
+async def test_a_pull_reads_its_batches_one_after_the_other():
+    """The peer is added once, and the agent closed at the end."""
+    agent = ScriptedAgent()
+    reads = open_reads(lambda: agent)
+    pull = pull_from("a", num_batches=3)
+    reads.start(pull)
+    await outcome(pull, **PATIENT)
+    await close(reads)
+    assert agent.told == ["add a", *["read a"] * 3, "close"]
+
+
+async def test_a_stalled_read_is_over_only_once_its_agent_is_closed():
+    """The pull fails after the agent's end, and those of other peers are read again."""
+    first, second = ScriptedAgent(), ScriptedAgent()
+    first.silent = {"dead", "slow"}
+    first.let_close.clear()
+    agents = iter([first, second])
+    reads = open_reads(lambda: next(agents))
+    dead, slow = pull_from("dead", limit_s=0.02), pull_from("slow")
+    reads.start(slow)
+    reads.start(dead)
+    waiting = asyncio.ensure_future(outcome(dead, **PATIENT))
+    done, _ = await asyncio.wait([waiting], timeout=0.1)
+    assert not done  # the limit has passed, the agent is not closed
+    first.let_close.set()
+    with pytest.raises(PeerUnavailable, match="dead by nixl: no answer within"):
+        await waiting
+    await outcome(slow, **PATIENT)
+    assert first.told == ["add slow", "read slow", "add dead", "read dead", "close"]
+    assert second.told == ["add slow", "read slow"]
+    await close(reads)
+
+
+async def test_whoever_cannot_be_sure_of_the_end_is_told_so():
+    """A thread that hangs in a call gives no answer; `outcome` says that nobody knows."""
+    agent = ScriptedAgent()
+    agent.silent = {"a"}
+    agent.let_close.clear()
+    reads = open_reads(lambda: agent)
+    pull = pull_from("a", limit_s=0.01)
+    reads.start(pull)
+    with pytest.raises(QuiescenceLost, match=r"a read from a did not end within 0.05 s"):
+        await outcome(pull, patience_s=0.0, quiesce_timeout_s=0.05)
+    agent.let_close.set()
+    await close(reads)
+
+
+async def test_a_cancelled_pull_ends_after_the_batch_it_is_in():
+    """And the cancellation takes its course only then."""
+    agent = ScriptedAgent()
+    agent.silent = {"a"}
+    reads = open_reads(lambda: agent)
+    pull = pull_from("a", num_batches=3)
+    reads.start(pull)
+    waiting = asyncio.ensure_future(outcome(pull, **PATIENT))
+    await asyncio.to_thread(agent.has_begun.wait)
+    waiting.cancel()
+    await asyncio.sleep(0)
+    waiting.cancel()
+    done, _ = await asyncio.wait([waiting], timeout=0.05)
+    assert not done
+    agent.silent = set()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await close(reads)
+    assert agent.told.count("read a") == 1
+
+
+async def test_closing_ends_what_is_under_way():
+    """As unavailable, after the agent was closed."""
+    agent = ScriptedAgent()
+    agent.silent = {"a"}
+    reads = open_reads(lambda: agent)
+    pull = pull_from("a")
+    reads.start(pull)
+    await asyncio.to_thread(agent.has_begun.wait)
+    await close(reads)
+    assert agent.told[-1] == "close"
+    with pytest.raises(PeerUnavailable):
+        await outcome(pull, **PATIENT)
+
+
+async def test_a_failure_costs_the_pull_it_befell_and_no_other():
+    """Afterwards the same peer can be read from again, by a new agent."""
+    agents = [ScriptedAgent(), ScriptedAgent()]
+    agents[0].broken = {"a"}
+    left = iter(agents)
+    reads = open_reads(lambda: next(left))
+    failing, other = pull_from("a"), pull_from("b")
+    for pull in (failing, other):
+        reads.start(pull)
+    with pytest.raises(PeerUnavailable, match="broken"):
+        await outcome(failing, **PATIENT)
+    await outcome(other, **PATIENT)
+    again = pull_from("a")
+    reads.start(again)
+    await outcome(again, **PATIENT)
+    await close(reads)
+
+
+async def test_an_agent_that_cannot_be_opened_fails_the_pull():
+    """And the next pull tries again."""
+
+    def refuse() -> ScriptedAgent:
+        raise ReadFailed("no device")
+
+    reads = open_reads(refuse)
+    for _ in range(2):
+        pull = pull_from("a")
+        reads.start(pull)
+        with pytest.raises(PeerUnavailable, match="no device"):
+            await outcome(pull, **PATIENT)
+    await close(reads)
+
+
+async def test_a_peer_that_is_described_as_another_is_corrupt():
+    """What NIXL reads from the metadata must be what the offer says."""
+    reads = open_reads(ScriptedAgent)
+    pull = pull_from("a")
+    pull.metadata = b"b"
+    reads.start(pull)
+    with pytest.raises(KvCorrupt, match="described as b"):
+        await outcome(pull, **PATIENT)
+    await close(reads)
+
+
+async def test_the_least_recently_used_peer_is_removed():
+    """At most `max_peers` are known at a time."""
+    agent = ScriptedAgent()
+    reads = open_reads(lambda: agent, max_peers=2)
+    for peer in ("a", "b", "a", "c", "a", "b"):
+        pull = pull_from(peer)
+        reads.start(pull)
+        await outcome(pull, **PATIENT)
+    await close(reads)
+    told = [line for line in agent.told if not line.startswith("read")]
+    assert told == ["add a", "add b", "remove b", "add c", "remove c", "add b", "close"]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 40), st.integers(0, 40), st.sampled_from([1, 5 << 20, 20 << 20])),
+        max_size=30,
+    )
+)
+def test_batches_are_the_copies_in_order(copies):
+    """Every byte is read from where it was announced, and nothing else is."""
+    targets = np.array([target << 25 for target, _, _ in copies], np.int64)
+    sources = np.array([source << 25 for _, source, _ in copies], np.int64)
+    lengths = np.array([length for _, _, length in copies], np.int64)
+    batches = batches_of(targets, sources, lengths, stall_s=1.0, floor_bytes_per_s=1e6)
+    moved = [
+        (int(target[0]), int(source[0]), int(target[1]))
+        for batch in batches
+        for target, source in zip(batch.targets, batch.sources, strict=True)
+        if target[1] == source[1]
+    ]
+    wanted = list(zip(targets.tolist(), sources.tolist(), lengths.tolist(), strict=True))
+    assert moved == wanted  # no two are neighbours: they lie 32 MiB apart
+    for batch in batches:
+        assert batch.limit_s == 1.0 + float(batch.targets[:, 1].sum()) / 1e6
+        assert batch.targets[:-1, 1].sum() < 16 << 20
+
+
+def test_neighbours_are_read_as_one():
+    """A run ends where either side jumps, and with its batch."""
+    lengths = np.full(6, 4 << 20)
+    sources = np.array([0, 1, 2, 9, 10, 11]) * (4 << 20)
+    targets = np.array([5, 6, 7, 8, 9, 20]) * (4 << 20)
+    batches = batches_of(targets, sources, lengths, stall_s=1.0, floor_bytes_per_s=1e6)
+    found = [[int(num_bytes) >> 20 for num_bytes in batch.sources[:, 1]] for batch in batches]
+    assert found == [[12, 4], [4, 4]]
