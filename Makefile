@@ -13,10 +13,10 @@ PYTEST := $(BIN)/python -m pytest -q
 GPU := $(or $(GPU_PYTHON),$(BIN)/python)
 
 .DEFAULT_GOAL := help
-.PHONY: bench-control bench-peers gpu help setup pull demo test test-fast check protos proto-check fmt fmt-check lint type imports chaos clean
+.PHONY: bench-kv-dtypes bench-control bench-peers gpu help setup pull demo test test-fast check protos proto-check fmt fmt-check lint type imports chaos clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
 
 setup: $(SETUP) $(NATIVE) ## Make .venv with everything in it
 
@@ -52,6 +52,9 @@ bench-peers: pull ## kvrelay beside vLLM and llama.cpp on the same work, half an
 
 bench-control: pull ## Tokens/s through the coordinator alone, on one core; CONTROL=--help
 	$(BIN)/python -m kvrelay.bench.control $(CONTROL)
+
+bench-kv-dtypes: pull ## What fp8 and int8 KV do to logits and to the time of a step, 3 minutes; KV=--help
+	$(BIN)/python -m tests.bench.kv_dtypes $(KV)
 
 gpu: $(if $(GPU_PYTHON),,$(SETUP)) ## What needs a CUDA device: kernel tests, a pair on one GPU, the benchmark
 	@$(GPU) -m tests.bench.gpu --check

@@ -27,10 +27,10 @@ class MoveOutcome(Enum):
 
     MOVED = "moved"
     FAILED = "failed"
-    """It goes on where it was."""
+    """It goes on where it was, or, if that worker was lost meanwhile, is placed again."""
 
     OVERTAKEN = "overtaken"
-    """The request ended meanwhile, or the worker that it was to leave was lost."""
+    """The request ended meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,6 @@ from coordinator.convert import (
     LocalPrefill,
     Lost,
     Moved,
-    News,
     Output,
     Work,
 )
@@ -35,7 +34,7 @@ from coordinator.lifecycle import Event, Losses, Patience, Phase, advance
 from coordinator.moves import Movable, Move, MoveOutcome, MoveReason
 from coordinator.pool import Pool
 from coordinator.router import Placement, RouteRequest
-from coordinator.runs import Run, Succession
+from coordinator.runs import MoveWatch, Run
 from coordinator.turns import Turns
 from kvrelay.clock import Clock
 from kvrelay.errors import DeadlinePassed, HandoffLost, NoWorker, ServingError
@@ -96,7 +95,7 @@ class Session:
         self._inbox = Inbox(turns)
         self._order = Order(0)
         self._run: Run | None = None
-        self._succession: Succession | None = None
+        self._successor: Run | None = None
         self._num_attempts = 0
         self._emitted: list[int] = []
         self._losses = Losses(patience)
@@ -139,7 +138,7 @@ class Session:
     def movable(self) -> Movable | None:
         """What a planner of moves needs to know; None while it cannot move."""
         run = self._run
-        if self.phase is not Phase.DECODING or run is None or self._succession is not None:
+        if self.phase is not Phase.DECODING or run is None or self._successor is not None:
             return None
         return Movable(
             request_id=self._job.request_id,
@@ -158,7 +157,7 @@ class Session:
         assert self.movable is not None
         assert move.source is run.placement.decode
         self._num_relieved += move.reason is MoveReason.RELIEF
-        succession = Succession(move, put=self._inbox.put, on_lost=self._move_failed, on_end=on_end)
+        watch = MoveWatch(move, put=self._inbox.put, on_lost=self._move_failed, on_end=on_end)
         placement = Placement(
             prefill=None,
             decode=move.target,
@@ -167,8 +166,7 @@ class Session:
             num_prefill_tokens=0,
             running=move.source,
         )
-        succession.run = self._dispatch(placement, succession.hear, running_attempt=run.number)
-        self._succession = succession
+        self._successor = self._dispatch(placement, watch=watch, running_attempt=run.number)
 
     async def _place(self) -> Placement:
         """Wait until the router finds workers, at most the queue limit.
@@ -199,7 +197,7 @@ class Session:
         return replace(self._job.route, avoid=losses.suspects, kv_dtype=losses.kv_dtype)
 
     def _begin(self, placement: Placement) -> None:
-        self._run = self._dispatch(placement, self._inbox.put)
+        self._run = self._dispatch(placement)
         self._order = Order(len(self._emitted))
         self.phase = advance(self.phase, Event.PLACED)
         prefiller = placement.prefill or placement.decode
@@ -210,8 +208,8 @@ class Session:
     def _dispatch(
         self,
         placement: Placement,
-        hear: Callable[[News], None],
         *,
+        watch: MoveWatch | None = None,
         running_attempt: int = 0,
     ) -> Run:
         self._num_attempts += 1
@@ -227,36 +225,31 @@ class Session:
             cache_salt=self._job.cache_salt,
             running_attempt=running_attempt,
         )
+        hear = self._inbox.put if watch is None else watch.hear
         attempt = self._pool.dispatch(work, placement, self._job.route, hear)
-        return Run(work, placement, attempt)
+        return Run(work, placement, attempt, watch)
 
     def _close(self, run: Run) -> None:
-        run.attempt.close(decode_is_over=run.is_over)
+        run.close()
         self._pool.settle(run.work, run.placement)
 
     def _end_runs(self) -> None:
         """Whatever still runs or moves is called off."""
-        if self._run is not None:
-            self._close(self._run)
-            self._run = None
-        if self._succession is not None:
-            self._end_succession(MoveOutcome.OVERTAKEN)
-
-    def _end_succession(self, outcome: MoveOutcome) -> Move:
-        succession, self._succession = self._succession, None
-        assert succession is not None
-        self._close(succession.run)
-        succession.end(outcome)
-        return succession.move
+        runs, self._run, self._successor = (self._run, self._successor), None, None
+        for run in runs:
+            if run is not None:
+                self._close(run)
 
     def _accept(self, heard: Sequence[Said]) -> NewTokens:
         """The tokens that are now due."""
         num_before = len(self._emitted)
         finish = None
         for news in heard:
-            run = self._run_of(news)
+            run = self._run
+            if run is None or news.attempt != run.number:
+                run = self._successor_of(news)
             if run is None:
-                continue
+                continue  # of an attempt that was given up
             self._note(news, run)
             token_ids, finish = self._order.accept(news)
             self._emitted += token_ids
@@ -266,36 +259,35 @@ class Session:
                 break
         return NewTokens(tuple(self._emitted[num_before:]), finish)
 
-    def _run_of(self, news: Said) -> Run | None:
-        """The attempt that says so; None if it was given up. The first word of the attempt that is
-        to go on makes it the one that does.
-        """
-        if self._run is not None and news.attempt == self._run.number:
-            return self._run
-        if self._succession is not None and news.attempt == self._succession.run.number:
-            return self._succeed(self._succession)
+    def _successor_of(self, news: Said) -> Run | None:
+        """The attempt that was to go on and just did, if it is the one that says so."""
+        if self._successor is not None and news.attempt == self._successor.number:
+            return self._succeed(self._successor)
         return None
 
-    def _succeed(self, succession: Succession) -> Run:
-        """It has moved. Whatever the worker that it left had to say comes from the other again."""
-        left, self._run, self._succession = self._run, succession.run, None
+    def _succeed(self, successor: Run) -> Run:
+        """From here on only the other worker is heard. Whatever the one that it left had to say
+        comes from there again.
+        """
+        left, self._run, self._successor = self._run, successor, None
         assert left is not None
+        assert successor.watch is not None
         left.is_over = True
         self._close(left)
-        succession.run.attempt.took_over()
-        succession.end(MoveOutcome.MOVED)
+        successor.watch.is_alone = True
+        successor.attempt.took_over()
         self._ledger.moved()
-        self._ledger.decode_worker = succession.run.decode_worker
+        self._ledger.decode_worker = successor.decode_worker
         log.info(
             "request.moved",
             request_id=self._job.request_id,
-            attempt=succession.run.number,
+            attempt=successor.number,
             source=left.decode_worker,
-            target=succession.run.decode_worker,
-            reason=succession.move.reason.value,
+            target=successor.decode_worker,
+            reason=successor.watch.move.reason.value,
             position=len(self._emitted),
         )
-        return succession.run
+        return successor
 
     def _note(self, news: Said, run: Run) -> None:
         """Keep the books: the phase, the load we count on workers, the ledger."""
@@ -347,15 +339,16 @@ class Session:
 
     def _lost(self, news: Lost) -> None:
         """The attempt cannot go on."""
-        run, succession = self._run, self._succession
+        run = self._run
         if run is None or news.attempt != run.number:
             return  # it was given up before
         if self.phase is Phase.DECODING and news.worker_id != run.decode_worker:
             return  # the holder's part is over: its hold was released
-        if succession is not None and succession.outcome is MoveOutcome.MOVED:
-            self._succeed(succession)
+        if self._successor is not None:
+            # Had it handed over? The other worker knows, and tells: by a token, or by a loss.
+            self._succeed(self._successor)
             return
-        suspects = run.placement.worker_ids if news.is_reported else {news.worker_id}
+        suspects = _suspects(news, run.placement)
         self._give_up(run, news.error, worker_id=news.worker_id, suspects=suspects)
 
     def _moved(self, news: Moved) -> None:
@@ -363,8 +356,8 @@ class Session:
         if run is None or news.attempt != run.number:
             return
         run.is_over = True
-        if self._succession is not None:
-            self._succeed(self._succession)
+        if self._successor is not None:
+            self._succeed(self._successor)
             return
         # Its new worker was lost after it had taken over, and before it said a word.
         error = HandoffLost(f"{run.decode_worker} handed it over to a worker that was lost")
@@ -372,14 +365,16 @@ class Session:
 
     def _move_failed(self, news: Lost) -> None:
         """It goes on where it is."""
-        move = self._end_succession(MoveOutcome.FAILED)
+        failed, self._successor = self._successor, None
+        assert failed is not None
+        self._close(failed)
         self._num_failed_moves += 1
-        log.info(
+        log.log(
+            logging.INFO if news.error.retryable else logging.ERROR,
             "request.move_failed",
             request_id=self._job.request_id,
             attempt=news.attempt,
-            source=move.source.worker_id,
-            target=move.target.worker_id,
+            target=failed.decode_worker,
             reason=news.error.reason,
             problem=str(news.error),
         )
@@ -427,3 +422,10 @@ class Session:
     def _require_time(self) -> None:
         if self._deadline_s is not None and self._clock.now() >= self._deadline_s:
             raise DeadlinePassed(self.phase.name.lower())
+
+
+def _suspects(news: Lost, placement: Placement) -> Set[str]:
+    """Who may be the cause. A worker that takes a sequence over speaks of the one it comes from."""
+    if not news.is_reported:
+        return {news.worker_id}
+    return placement.worker_ids if placement.running is None else set()

@@ -18,9 +18,8 @@ from kvrelay.rpc.session import Attempt
 from kvrelay.transfer.base import RemoteHold
 from kvrelay.transfer.digest import DigestKind
 from kvrelay.transfer.wire_choice import WireDtype
-from kvrelay.types import Fingerprint, FinishReason
+from kvrelay.types import BlockId, Fingerprint, FinishReason
 from kvrelay.v1 import common_pb2, decode_pb2, handoff_pb2
-
 
 MOVE_SLACK_TOKENS = 256
 """A sequence that moves may generate so many more tokens before its blocks are here."""
@@ -82,7 +81,8 @@ class PrefillCost:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What one attempt has to say: tokens from `position` on, and how they ended: by themselves,
-    badly, or with another worker."""
+    badly, or with another worker.
+    """
 
     attempt: Attempt
     position: int = 0
@@ -257,29 +257,42 @@ def release_to_wire(
     )
 
 
-def announcement_from_wire(
+def announcements_from_wire(
     message: handoff_pb2.PullResponse, bounds: submit.ModelBounds
-) -> Announcement:
-    """Raises KvCorrupt if it makes no sense."""
-    match message.WhichOneof("event"):
-        case "opened":
-            opened = message.opened
-            try:
-                layout = convert.layout_from_wire(opened.wire_layout)
-            except InvalidRequest as error:
-                raise KvCorrupt(f"handoff of an unknown form: {error}") from error
-            return Opened(opened.num_tokens, opened.num_blocks, layout, opened.is_running)
-        case "blocks":
-            run = message.blocks
-            blocks = (SourceBlock(block.offset_bytes, block.generation) for block in run.blocks)
-            return SourceRun(run.first_index, tuple(blocks))
-        case "digests":
-            return DigestRun(message.digests.first_index, tuple(message.digests.digests))
-        case "complete":
-            last = message.complete
-            output_ids = tuple(last.output_token_ids)
-            if not all(token_id < bounds.vocab_size for token_id in output_ids):
-                raise KvCorrupt(f"a generated token is outside [0, {bounds.vocab_size})")
-            return Completion(output_ids, last.num_tokens, last.digest)
-        case _:
-            raise KvCorrupt("announcement of an unknown kind")
+) -> list[Announcement]:
+    """In the order in which they are to be heard. Raises KvCorrupt if they make no sense."""
+    news: list[Announcement] = []
+    if message.HasField("opened"):
+        news.append(_opened_from_wire(message.opened))
+    if message.HasField("blocks"):
+        news.append(_blocks_from_wire(message.blocks))
+    if message.HasField("digests"):
+        news.append(DigestRun(message.digests.first_index, tuple(message.digests.digests)))
+    if message.HasField("complete"):
+        news.append(_completion_from_wire(message.complete, bounds))
+    if not news:
+        raise KvCorrupt("announcement of an unknown kind")
+    return news
+
+
+def _opened_from_wire(opened: handoff_pb2.PullOpened) -> Opened:
+    try:
+        layout = convert.layout_from_wire(opened.wire_layout)
+    except InvalidRequest as error:
+        raise KvCorrupt(f"handoff of an unknown form: {error}") from error
+    return Opened(opened.num_tokens, opened.num_blocks, layout, opened.is_running)
+
+
+def _blocks_from_wire(run: handoff_pb2.PullBlocks) -> SourceRun:
+    blocks = (
+        SourceBlock(BlockId(block.block_id), block.generation, block.offset_bytes)
+        for block in run.blocks
+    )
+    return SourceRun(run.first_index, tuple(blocks))
+
+
+def _completion_from_wire(last: handoff_pb2.PullComplete, bounds: submit.ModelBounds) -> Completion:
+    output_ids = tuple(last.output_token_ids)
+    if not all(token_id < bounds.vocab_size for token_id in output_ids):
+        raise KvCorrupt(f"a generated token is outside [0, {bounds.vocab_size})")
+    return Completion(output_ids, last.num_tokens, last.digest)

@@ -1,4 +1,4 @@
-"""Calls the worker that holds a handoff: hears its announcements, asks it to stop and for the fence."""
+"""Calls the worker that holds a handoff: to hear of it, to have it stop, and for the fence."""
 
 from collections.abc import AsyncGenerator, Sequence
 
@@ -66,7 +66,8 @@ class HolderClient:
                 call = pb_grpc.HandoffServiceStub(channel).Pull(request)
                 try:
                     async for message in call:
-                        yield convert.announcement_from_wire(message, self._bounds)
+                        for news in convert.announcements_from_wire(message, self._bounds):
+                            yield news
                 finally:
                     call.cancel()
 

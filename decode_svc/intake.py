@@ -47,10 +47,10 @@ class IntakeState(Enum):
 class SourceBlock:
     """A block as its holder announced it."""
 
-    offset_bytes: int
-    """In the memory that the holder registered."""
-
+    block_id: BlockId
     generation: int
+    offset_bytes: int
+    """In the memory that the holder registered, in the form that it is moved in."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,10 @@
        while the next is fetched. Bytes that come in another form than we keep are put into our
        blocks by the same hand that measured them
     3. a running sequence is frozen when all it had so far is here, so that little is left
-    4. when the last byte is here, ask for `Release`: the fence says whether the holder's blocks
-       kept their content until then. Meanwhile the last digests are compared
-    5. only after both may the sequence join
+    4. when the last byte is here, the fence says whether the holder's blocks kept their content
+       until then: we look where the transport lets us see that, else the holder answers
+       `Release`. Meanwhile the last digests are compared
+    5. only after both may the sequence join; then the holder is let go, if it was not asked
 
 On any failure, cancellation included, the blocks go back to the engine after the
 transport has stopped writing, which its `pull` promises once it has returned or raised.
@@ -15,7 +16,7 @@ transport has stopped writing, which its `pull` promises once it has returned or
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import structlog
@@ -31,7 +32,7 @@ from kvrelay.errors import HandoffLost, KvCorrupt, KvPoolExhausted, QuiescenceLo
 from kvrelay.handoff.forms import unpacking_for
 from kvrelay.kv.cache import KvCache
 from kvrelay.obs.metrics import WorkerMetrics
-from kvrelay.transfer.base import BlockCopy, KvTransport, PullStats, RemoteHold
+from kvrelay.transfer.base import BlockCopy, BlockGeneration, KvTransport, PullStats, RemoteHold
 from kvrelay.transfer.build import transport_for
 from kvrelay.transfer.digest import DigestKind, handoff_digest, range_digests
 from kvrelay.transfer.speeds import LinkSpeeds
@@ -72,6 +73,9 @@ class _Landing:
     """Whether the engine knows the sequence, so that somebody must release it."""
 
     is_freezing: bool = False
+    is_released: bool = False
+    """Whether the holder knows that we have everything."""
+
     num_cached_tokens: int = 0
     first_announced_s: float | None = None
     granted_s: float | None = None
@@ -195,10 +199,12 @@ class Lander:
         try:
             async with self._listening(landing):
                 landed = await self._bring(landing)
-                # Nothing is awaited from the holder's word to the join.
+                # Nothing is awaited from the fence to the join.
                 on_landed(landed)
                 self._engine.join(request.seq_id, landed.output_ids, landed.num_tokens)
                 landing.intake.joined()
+                self._log(landing, landed.cost)
+                await self._let_go(landing)
         except KvCorrupt as error:
             if landing.lost not in (None, error):
                 raise landing.lost from error  # it lapsed: the bytes may well be another's
@@ -281,19 +287,57 @@ class Lander:
         """Until every byte is here, verified and behind the fence."""
         try:
             await self._fetch(landing)
-            asked_s = self._clock.now()
-            releasing = asyncio.create_task(
-                self._holders.release(landing.hold, landing.intake.generations)
-            )
+            is_fenced = self._is_fenced(landing)
+            releasing = None if is_fenced else asyncio.create_task(self._release(landing))
             try:
                 verified_s = await self._verified(landing, releasing)
-                await releasing
+                if releasing is not None:
+                    await releasing
             finally:
-                releasing.cancel()
-                await asyncio.gather(releasing, return_exceptions=True)
+                if releasing is not None:
+                    releasing.cancel()
+                    await asyncio.gather(releasing, return_exceptions=True)
         finally:
             await _over(landing.measuring)
-        return self._landed(landing, asked_s=asked_s, verified_s=verified_s)
+        landing.is_released = not is_fenced
+        return self._landed(landing, verified_s=verified_s)
+
+    def _is_fenced(self, landing: _Landing) -> bool:
+        """Whether we have seen for ourselves that the holder's blocks were the same until all
+        was here. If not, the holder has to say so. A sequence that moves changes hands, and
+        that takes its holder's word in any case.
+
+        Raises:
+            HandoffLost: they were not.
+        """
+        if landing.source.is_running:
+            return False
+        blocks = [
+            BlockGeneration(block.block_id, block.generation) for block in landing.intake.announced
+        ]
+        is_same = landing.transport.still(landing.hold, blocks)
+        if is_same is False:
+            raise HandoffLost(
+                f"handoff {landing.hold.handoff_id}: blocks were reused while they were read",
+                handoff_id=landing.hold.handoff_id,
+            )
+        return is_same is True
+
+    async def _release(self, landing: _Landing) -> None:
+        await self._holders.release(landing.hold, landing.intake.generations)
+
+    async def _let_go(self, landing: _Landing) -> None:
+        """Tell the holder that we have everything, if it was not asked before. If it does not
+        hear that, it takes its blocks back when the request ends.
+        """
+        if landing.is_released:
+            return
+        try:
+            await self._release(landing)
+        except ServingError as error:
+            log.info(
+                "handoff.not_released", handoff_id=landing.hold.handoff_id, reason=error.reason
+            )
 
     async def _fetch(self, landing: _Landing) -> None:
         """Until every block has landed."""
@@ -424,7 +468,7 @@ class Lander:
 
     # The end
 
-    async def _verified(self, landing: _Landing, releasing: "asyncio.Task[None]") -> float:
+    async def _verified(self, landing: _Landing, releasing: "asyncio.Task[None] | None") -> float:
         """Wait until all that landed is what was announced, for our request; when it was.
 
         Bytes of a hold that lapsed may be another's: then that is what happened to them.
@@ -439,44 +483,46 @@ class Lander:
                 else:
                     await landing.changed.wait()
         except KvCorrupt:
-            with suppress(ServingError):
-                await releasing
-            if releasing.done() and isinstance(releasing.exception(), HandoffLost):
-                await releasing
+            if releasing is not None:
+                await _unless_lapsed(releasing)
             raise
         return self._clock.now()
 
     def _is_measured(self, landing: _Landing) -> bool:
         return landing.intake.completion is not None and not landing.measuring
 
-    def _landed(self, landing: _Landing, *, asked_s: float, verified_s: float) -> Landed:
+    def _landed(self, landing: _Landing, *, verified_s: float) -> Landed:
         intake = landing.intake
         assert intake.completion is not None
         assert landing.announced_s is not None
+        # Blocks and bytes that came before the last announcement held up nobody.
+        begun_s = max(landing.announced_s, landing.granted_s or 0.0)
         cost = HandoffCost(
-            grant_wait_s=landing.grant_wait_s,
-            transfer_s=landing.landed_s - landing.announced_s,
+            grant_wait_s=begun_s - landing.announced_s,
+            transfer_s=max(0.0, landing.landed_s - begun_s),
             verify_s=max(0.0, verified_s - landing.landed_s),
-            release_s=self._clock.now() - max(asked_s, verified_s),
+            release_s=self._clock.now() - verified_s,
             num_bytes=intake.num_landed_bytes,
             overlapped_num_bytes=landing.num_overlapped_bytes,
             transport=landing.transport.name,
             cached_prompt_tokens=landing.num_cached_tokens,
         )
-        log.info(
-            "handoff.landed",
-            handoff_id=landing.hold.handoff_id,
-            num_blocks=intake.num_landed,
-            num_bytes=cost.num_bytes,
-            overlapped_num_bytes=cost.overlapped_num_bytes,
-            transport=cost.transport,
-            wire=intake.wire_layout.dtype,
-            pull_s=round(landing.pull_s, 6),
-        )
         return Landed(
             output_ids=intake.completion.output_ids,
             num_tokens=intake.completion.num_tokens,
             cost=cost,
+        )
+
+    def _log(self, landing: _Landing, cost: HandoffCost) -> None:
+        log.info(
+            "handoff.landed",
+            handoff_id=landing.hold.handoff_id,
+            num_blocks=landing.intake.num_landed,
+            num_bytes=cost.num_bytes,
+            overlapped_num_bytes=cost.overlapped_num_bytes,
+            transport=cost.transport,
+            wire=landing.intake.wire_layout.dtype,
+            pull_s=round(landing.pull_s, 6),
         )
 
     def _handoff_digest(self, landing: _Landing) -> bytes:
@@ -496,6 +542,16 @@ class Lander:
 
 def _digest_kind(transport: KvTransport) -> DigestKind:
     return DigestKind.XXH3 if transport.lands_on == "host" else DigestKind.LANES64
+
+
+async def _unless_lapsed(releasing: "asyncio.Task[None]") -> None:
+    """Raise HandoffLost if that is the holder's answer; any other says nothing about the bytes."""
+    try:
+        await releasing
+    except HandoffLost:
+        raise
+    except ServingError as error:
+        log.info("handoff.not_released", reason=error.reason)
 
 
 async def _over(tasks: "set[asyncio.Task[None]]") -> None:

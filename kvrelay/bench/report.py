@@ -111,10 +111,8 @@ def _handoff_facts(handoffs: Handoffs | None) -> list[str]:
     share = handoffs.overlapped_share
     early = "" if share is None else f", {share:.0%} of it while prefilling"
     stages = ", ".join(f"{name} {duration(s.p50)}" for name, s in handoffs.stages.items())
-    return [
-        f"handoffs by transport: {ways}; {handoffs.num_bytes / 1e6:.1f} MB of KV moved{early}",
-        f"gap 1 by stage, p50: {stages}",
-    ]
+    moved = f"handoffs by transport: {ways}; {handoffs.num_bytes / 1e6:.1f} MB of KV moved{early}"
+    return [moved, f"gap 1 by stage, p50: {stages}"] if stages else [moved]
 
 
 def targets_text(targets: Targets) -> str:

@@ -12,11 +12,12 @@ from contextlib import aclosing
 from typing import Any
 
 from kvrelay.bench import http
-from kvrelay.bench.base import Arrived, Ask, Ended, Failed, Served
+from kvrelay.bench.base import Arrived, Ask, Ended, Failed, Handoff, Served
 from kvrelay.bench.sse import SseError, SseParser
 from kvrelay.client import Client, GenerateOptions, Tokens
 from kvrelay.errors import PeerUnavailable, ServingError
 from kvrelay.events import Delta, Finished
+from kvrelay.obs.ledger import Ledger
 
 ANSWER_WITHIN_S = 5.0
 """Limit of a call that computes nothing."""

@@ -72,6 +72,9 @@ def _facts(ledger: Ledger) -> list[tuple[str, str]]:
         )
     if ledger.handoff_tax_s is not None:
         facts.append(("handoff tax", f"{ledger.handoff_tax_s * 1e3:.1f} ms"))
+    if ledger.move_gaps_s:
+        gaps = ", ".join(f"{gap_s * 1e3:.1f} ms" for gap_s in ledger.move_gaps_s)
+        facts.append(("moves", f"{len(ledger.move_gaps_s)}, with gaps of {gaps}"))
     if ledger.lost_attempts:
         lost = ", ".join(ledger.lost_attempts)
         facts.append(("attempts", f"{ledger.attempts}; given up: {lost}"))

@@ -465,6 +465,7 @@ class Scheduler:
     def _forget(self, seq: Sequence) -> None:
         self._lines[seq.state].remove(seq)
         del self._sequences[seq.seq_id]
+        seq.is_offered = False  # nobody pulls what has ended
         self._pool.release(seq.block_table)
         seq.block_table = []
 

@@ -169,3 +169,4 @@ class Sequence:
         self.num_computed = 0
         self.origin = Origin.COMPUTE
         self.is_offered = self.is_freezing = False
+        self.limit_tokens = 0

@@ -10,7 +10,6 @@ from kvrelay.handoff.keeper import (
     BlockRun,
     Completed,
     DigestRun,
-    Frame,
     Opened,
 )
 from kvrelay.rpc import convert, submit
@@ -71,36 +70,41 @@ def unique_id_from_wire(unique_id: bytes) -> bytes:
     return unique_id
 
 
-def announcement_to_wire(event: Announcement) -> handoff_pb2.PullResponse:
-    match event:
-        case Opened():
-            opened = handoff_pb2.PullOpened(
-                num_tokens=event.num_tokens,
-                num_blocks=event.num_blocks,
-                wire_layout=convert.layout_to_wire(event.wire_layout),
-                is_running=event.is_running,
-            )
-            return handoff_pb2.PullResponse(opened=opened)
-        case BlockRun():
-            blocks = [
-                handoff_pb2.HeldBlock(offset_bytes=block.offset_bytes, generation=block.generation)
-                for block in event.blocks
-            ]
-            run = handoff_pb2.PullBlocks(first_index=event.first_index, blocks=blocks)
-            return handoff_pb2.PullResponse(blocks=run)
-        case DigestRun():
-            digests = handoff_pb2.PullDigests(first_index=event.first_index, digests=event.digests)
-            return handoff_pb2.PullResponse(digests=digests)
-        case Completed():
-            complete = handoff_pb2.PullComplete(
-                output_token_ids=event.output_ids,
-                num_tokens=event.num_tokens,
-                digest=event.digest,
-            )
-            return handoff_pb2.PullResponse(complete=complete)
+def announcement_to_wire(news: Announcement) -> handoff_pb2.PullResponse:
+    return handoff_pb2.PullResponse(
+        opened=None if news.opened is None else _opened_to_wire(news.opened),
+        blocks=None if news.blocks is None else _blocks_to_wire(news.blocks),
+        digests=None if news.digests is None else _digests_to_wire(news.digests),
+        complete=None if news.completed is None else _completed_to_wire(news.completed),
+    )
 
 
-def frame_to_wire(frame: Frame) -> handoff_pb2.ReadResponse:
-    return handoff_pb2.ReadResponse(
-        index=frame.index, offset_bytes=frame.offset_bytes, data=frame.data
+def _opened_to_wire(opened: Opened) -> handoff_pb2.PullOpened:
+    return handoff_pb2.PullOpened(
+        num_tokens=opened.num_tokens,
+        num_blocks=opened.num_blocks,
+        wire_layout=convert.layout_to_wire(opened.wire_layout),
+        is_running=opened.is_running,
+    )
+
+
+def _blocks_to_wire(run: BlockRun) -> handoff_pb2.PullBlocks:
+    blocks = [
+        handoff_pb2.HeldBlock(
+            block_id=block.block_id, generation=block.generation, offset_bytes=block.offset_bytes
+        )
+        for block in run.blocks
+    ]
+    return handoff_pb2.PullBlocks(first_index=run.first_index, blocks=blocks)
+
+
+def _digests_to_wire(run: DigestRun) -> handoff_pb2.PullDigests:
+    return handoff_pb2.PullDigests(first_index=run.first_index, digests=run.digests)
+
+
+def _completed_to_wire(completed: Completed) -> handoff_pb2.PullComplete:
+    return handoff_pb2.PullComplete(
+        output_token_ids=completed.output_ids,
+        num_tokens=completed.num_tokens,
+        digest=completed.digest,
     )

@@ -23,14 +23,15 @@ from kvrelay.clock import Clock
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import ChunkDone
 from kvrelay.errors import HandoffLost, InvalidRequest, QuiescenceLost
+from kvrelay.handoff.forms import packing_for
 from kvrelay.handoff.holds import AnnouncedBlock, Hold, HoldLimits, Holds, HoldState, PullTerms
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
 from kvrelay.kv.staging import StagingPlan
 from kvrelay.obs.metrics import WorkerMetrics
-from kvrelay.handoff.forms import packing_for
 from kvrelay.transfer.digest import DigestKind, handoff_digest, range_digests
-from kvrelay.transfer.stream import read_frames
+from kvrelay.transfer.frames import frames_of
+from kvrelay.types import BlockId
 
 log = structlog.get_logger(__name__)
 
@@ -49,8 +50,9 @@ class Opened:
 class WireBlock:
     """A block as it is moved."""
 
-    offset_bytes: int
+    block_id: BlockId
     generation: int
+    offset_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +80,17 @@ class Completed:
     digest: bytes
 
 
-Announcement = Opened | BlockRun | DigestRun | Completed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """What there is to tell a puller now, in the order of these fields; at least one of them."""
 
+    opened: Opened | None = None
+    blocks: BlockRun | None = None
+    digests: DigestRun | None = None
+    completed: Completed | None = None
 
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """Bytes of the block with that index in the handoff."""
-
-    index: int
-    offset_bytes: int
-    data: bytes
+    def __bool__(self) -> bool:
+        return self != Announcement()
 
 
 @dataclass(slots=True)
@@ -96,8 +99,10 @@ class _Kept:
 
     on_end: Callable[[HoldState], None]
     changed: asyncio.Event
-    working: asyncio.Lock
-    """Over packing and digesting: pulls of one hold share the work."""
+    packing: asyncio.Lock
+    """Pulls of one hold share the work."""
+
+    digesting: "asyncio.Task[None] | None" = None
 
     last_word: Completed | None = None
     num_readers: int = 0
@@ -129,6 +134,7 @@ class HoldKeeper:
         self._metrics = metrics
         self._clock = clock
         self._kept: dict[Hold, _Kept] = {}  # of living holds, and of those pulled now
+        self._digesting: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     # For the session
@@ -209,7 +215,10 @@ class HoldKeeper:
             hold.require_puller(puller_id)
             if hold.is_running:
                 self._engine.limit(hold.seq_id, terms.limit_tokens)
-            yield Opened(hold.num_tokens, hold.num_blocks, self.wire_layout(terms), hold.is_running)
+            opened = Opened(
+                hold.num_tokens, hold.num_blocks, self.wire_layout(terms), hold.is_running
+            )
+            yield Announcement(opened=opened)
             async with aclosing(self._progress(hold, kept, terms)) as events:
                 async for event in events:
                     yield event
@@ -233,29 +242,33 @@ class HoldKeeper:
                 hold.require_alive()
             if hold.is_alive and hold.ready_unannounced:
                 await self._announce(hold, kept, layout, terms)
-            elif num_sent < len(announced):
-                first, num_sent = num_sent, len(announced)
-                yield BlockRun(
-                    first,
-                    tuple(
-                        WireBlock(self._offset(block.block_id, layout), block.generation)
-                        for block in announced[first:]
-                    ),
-                )
-            elif num_digests_sent < len(digests):
-                first, num_digests_sent = num_digests_sent, len(digests)
-                yield DigestRun(first, tuple(digests[first:]))
-            elif hold.is_alive and hold.undigested:
-                await self._digest(hold, kept, layout, terms)
-            elif kept.last_word is not None and not is_complete_sent:
-                is_complete_sent = True
-                yield kept.last_word
+            self._have_digested(hold, kept, layout, terms)
+            news = Announcement(
+                blocks=self._blocks(announced, num_sent, layout),
+                digests=_digests(digests, num_digests_sent),
+                completed=None if is_complete_sent else kept.last_word,
+            )
+            num_sent, num_digests_sent = len(announced), len(digests)
+            is_complete_sent = is_complete_sent or news.completed is not None
+            if news:
+                yield news
             elif changed is kept.changed:
                 await changed.wait()
 
+    def _blocks(
+        self, announced: Sequence[AnnouncedBlock], first: int, layout: KvLayout
+    ) -> BlockRun | None:
+        if first == len(announced):
+            return None
+        blocks = (
+            WireBlock(it.block_id, it.generation, self._offset(it.block_id, layout))
+            for it in announced[first:]
+        )
+        return BlockRun(first, tuple(blocks))
+
     async def _announce(self, hold: Hold, kept: _Kept, layout: KvLayout, terms: PullTerms) -> None:
         """Announce what is ready, packed first, in a thread, where it travels in another form."""
-        async with kept.working:
+        async with kept.packing:
             blocks = hold.ready_unannounced
             if not (hold.is_alive and blocks):
                 return
@@ -271,23 +284,26 @@ class HoldKeeper:
             )
         self._changed(hold)
 
+    def _have_digested(self, hold: Hold, kept: _Kept, layout: KvLayout, terms: PullTerms) -> None:
+        """Begin to digest what was announced, in a thread, while its puller hears of it."""
+        if hold.is_alive and hold.undigested and kept.digesting is None:
+            kept.digesting = asyncio.create_task(self._digest(hold, kept, layout, terms))
+            self._digesting.add(kept.digesting)
+            kept.digesting.add_done_callback(self._digesting.discard)
+
     async def _digest(self, hold: Hold, kept: _Kept, layout: KvLayout, terms: PullTerms) -> None:
-        """Digest what was announced, in a thread, while its puller fetches it."""
-        async with kept.working:
-            blocks = hold.undigested
-            if not (hold.is_alive and blocks):
-                return
-            num_bytes = layout.block_num_bytes
-            digests = await asyncio.to_thread(
-                range_digests,
-                self.cache,
-                [(self._offset(block.block_id, layout), num_bytes) for block in blocks],
-                DigestKind(terms.digest_kind),
-            )
-            # The hold may have lapsed meanwhile; then these are digests of anything.
-            hold.require_alive()
-            self.holds.digested(hold, digests)
-        self._changed(hold)
+        """Until all that is announced is digested. Of a hold that lapsed meanwhile, these are
+        digests of anything, and nobody hears of them.
+        """
+        num_bytes = layout.block_num_bytes
+        while hold.is_alive and (blocks := hold.undigested):
+            ranges = [(self._offset(block.block_id, layout), num_bytes) for block in blocks]
+            kind = DigestKind(terms.digest_kind)
+            digests = await asyncio.to_thread(range_digests, self.cache, ranges, kind)
+            if hold.is_alive:
+                self.holds.digested(hold, digests)
+                self._changed(hold)
+        kept.digesting = None
 
     def _last_word(self, hold: Hold) -> Completed:
         digest = handoff_digest(
@@ -334,16 +350,16 @@ class HoldKeeper:
             for index in indexes
         ]
 
-    def frames(self, handoff_id: str, puller_id: str, indexes: Sequence[int]) -> Iterator[Frame]:
-        """The bytes of announced blocks. The hold is looked at after each frame was copied,
-        so no byte leaves that was read when the hold had lapsed.
+    def frames(self, handoff_id: str, puller_id: str, indexes: Sequence[int]) -> Iterator[bytes]:
+        """The bytes of announced blocks, as messages (see `kvrelay.transfer.frames`). The hold is
+        looked at after each frame was copied, so no byte leaves that was read when it had lapsed.
         """
         hold = self.holds.find(handoff_id, puller_id)
         ranges = self.ranges(handoff_id, puller_id, indexes)
         for index, (start, num_bytes) in zip(indexes, ranges, strict=True):
-            for offset, data in read_frames(self.cache.range_bytes(start, num_bytes)):
+            for frame in frames_of(index, self.cache.range_bytes(start, num_bytes)):
                 hold.require_alive()
-                yield Frame(index, offset, data)
+                yield frame
 
     @contextmanager
     def reading(
@@ -402,7 +418,9 @@ class HoldKeeper:
     # Ends
 
     def close(self) -> None:
-        """Stop the timer; holds are lapsed by their sessions."""
+        """Stop what goes on by itself; holds are lapsed by their sessions."""
+        for digesting in self._digesting:
+            digesting.cancel()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -439,7 +457,7 @@ class HoldKeeper:
         kept = self._kept.get(hold)
         if kept is None:
             kept = self._kept[hold] = _Kept(
-                on_end=_nothing, changed=asyncio.Event(), working=asyncio.Lock()
+                on_end=_nothing, changed=asyncio.Event(), packing=asyncio.Lock()
             )
         return kept
 
@@ -468,6 +486,10 @@ class HoldKeeper:
         if due_s is not None:
             delay_s = max(0.0, due_s - self._clock.now())
             self._timer = asyncio.get_running_loop().call_later(delay_s, self.lapse_overdue)
+
+
+def _digests(digests: Sequence[int], first: int) -> DigestRun | None:
+    return DigestRun(first, tuple(digests[first:])) if first < len(digests) else None
 
 
 def _nothing(state: HoldState) -> None:

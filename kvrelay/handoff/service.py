@@ -79,13 +79,14 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
             async for event in events:
                 yield convert.announcement_to_wire(event)
 
-    async def Read(
+    async def Read(  # type: ignore[override]
         self, request: handoff_pb2.ReadRequest, context: Context
-    ) -> AsyncIterator[handoff_pb2.ReadResponse]:
+    ) -> AsyncIterator[bytes]:
+        """Messages as bytes: see `kvrelay.transfer.stream.add_to_server`."""
         handoff_id = self._admitted(request)
         indexes = convert.indexes_from_wire(request.indexes)
         for frame in self._keeper.frames(handoff_id, request.puller_id, indexes):
-            yield convert.frame_to_wire(frame)
+            yield frame
 
     async def Freeze(
         self, request: handoff_pb2.FreezeRequest, context: Context

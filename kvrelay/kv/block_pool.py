@@ -7,10 +7,14 @@ when somebody needs the room, least recently used first.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvrelay.errors import KvPoolExhausted
 from kvrelay.kv.prefix_index import PrefixIndex
 from kvrelay.types import BlockId
+
+_NUM_GENERATIONS = 1 << 32
+"""They travel as 32 bits. No handoff lasts until a block comes round."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,15 +26,30 @@ class BlockCounts:
     held: int
 
 
+class Generations(Protocol):
+    """Numbers of 32 bits, one for each block, that others may be able to see."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, block: int, /) -> int: ...
+    def __setitem__(self, block: int, generation: int, /) -> None: ...
+
+
 class BlockPool:
     """Gives blocks out and takes them back. Every operation is all or nothing."""
 
-    def __init__(self, num_blocks: int, index: PrefixIndex) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        index: PrefixIndex,
+        generations: Generations | None = None,
+    ) -> None:
+        """`generations` is where generations are kept, all zero, if others shall see them too."""
         assert num_blocks > 0, num_blocks
+        assert generations is None or len(generations) == num_blocks
         self.num_blocks = num_blocks
         self._index = index
         self._num_holders = [0] * num_blocks
-        self._generations = [0] * num_blocks
+        self._generations: Generations = [0] * num_blocks if generations is None else generations
         self._free = [BlockId(i) for i in reversed(range(num_blocks))]  # taken from the end
         self._cached: dict[BlockId, None] = {}  # least recently used first
 
@@ -108,5 +127,6 @@ class BlockPool:
         self._give_up(block)
 
     def _give_up(self, block: BlockId) -> None:
-        self._generations[block] += 1
+        # Before anybody can get the block: whoever sees the old one has seen the old content.
+        self._generations[block] = (self._generations[block] + 1) % _NUM_GENERATIONS
         self._free.append(block)

@@ -25,6 +25,8 @@ TORCH_DTYPES = {
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
+GENERATION_NUM_BYTES = 4
+
 _MADV_POPULATE_WRITE = 23
 """Of <linux/mman.h>, since 5.14."""
 
@@ -32,8 +34,9 @@ _MADV_POPULATE_WRITE = 23
 class KvCache:
     """Owns the memory until `close`; views taken of it keep only the pages alive.
 
-    `num_blocks` blocks, and then `staging_num_bytes` bytes in which blocks are put that travel in
-    another form. Memory is on the CPU and starts as zeros.
+    `num_blocks` blocks; then `staging_num_bytes` bytes in which blocks are put that travel in
+    another form; then the blocks' generations, so that whoever maps the memory can see whether
+    a block that it has read was still the same. Memory is on the CPU and starts as zeros.
     """
 
     def __init__(
@@ -44,7 +47,8 @@ class KvCache:
         self.layout = layout
         self.num_blocks = num_blocks
         self.staging_offset = num_blocks * layout.block_num_bytes
-        self.num_bytes = self.staging_offset + staging_num_bytes
+        self.generations_offset = -(-(self.staging_offset + staging_num_bytes) // 8) * 8
+        self.num_bytes = self.generations_offset + num_blocks * GENERATION_NUM_BYTES
         self._fd = _sealed_memory(self.num_bytes) if shareable else None
         self._memory: torch.Tensor | None
         self._memory = (
@@ -77,6 +81,13 @@ class KvCache:
         return flat
 
     @property
+    def generations(self) -> memoryview:
+        """One for each block, 32 bits."""
+        return self.range_bytes(
+            self.generations_offset, self.num_blocks * GENERATION_NUM_BYTES
+        ).cast("I")
+
+    @property
     def _open(self) -> torch.Tensor:
         assert self._memory is not None, "the cache is closed"
         return self._memory
@@ -87,7 +98,7 @@ class KvCache:
         return self._fd
 
     def populate(self) -> None:
-        """Take the memory of all blocks now. For a thread, at the start; it takes a second per GiB or so.
+        """Take the memory of all blocks now. For a thread, at the start; about a second per GiB.
 
         Otherwise the machine finds each page when it is first written: a pull then takes ten
         times as long, and a machine that is short of memory fails in the middle of a stream.
@@ -114,8 +125,8 @@ class KvCache:
         return self.bytes[offset : offset + num_bytes].data
 
     def lanes64(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
-        """Digests of (offset, number of bytes), as `kvrelay.kernels.digest` defines them, of what is
-        computed with. For a thread.
+        """Digests of (offset, number of bytes), see `kvrelay.kernels.digest`, of what is computed
+        with. For a thread.
         """
         from kvrelay.kernels.digest import lanes64  # a host rarely needs it, and it loads triton
 

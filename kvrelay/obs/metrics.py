@@ -171,7 +171,7 @@ class WorkerMetrics:
         ).labels(**label)
         self.waiting_handoffs = new.gauge(
             "engine_waiting_handoffs",
-            "Prefill: holds to be released. Decode: handoffs with bytes to fetch and no blocks yet.",
+            "Prefill: holds to be released. Decode: handoffs that wait for blocks.",
             "role",
         ).labels(**label)
         self.grant_wait = new.histogram(

@@ -143,6 +143,8 @@ class Sessions(Generic[Item, Submit]):
     def _submit(self, session: Session[Item], submit: Submit) -> None:
         # An attempt without a proper name cannot fail by itself: that ends the session.
         attempt = _attempt_of(submit)
+        if attempt in session.attempts:
+            return  # said twice, it is still one attempt
         try:
             self._refuse_if_draining()
             self._start(session, attempt, submit)

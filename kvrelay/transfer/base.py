@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from kvrelay.types import TransportOffer
+from kvrelay.types import BlockId, TransportOffer
 
 if TYPE_CHECKING:  # whoever decides about transports needs no torch
     from kvrelay.kv.cache import KvCache
@@ -48,6 +48,14 @@ class BlockCopy:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class BlockGeneration:
+    """A block of the holder's, and which of its contents is meant."""
+
+    block_id: BlockId
+    generation: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullStats:
     """What one pull cost."""
@@ -60,7 +68,7 @@ class KvTransport(Protocol):
     """Copies held blocks of a peer into local memory.
 
     Implementations: `ShmTransport` (same host), `StreamTransport` (anywhere), `NixlTransport`,
-    `CudaIpcTransport`, `NcclTransport`. All pass one contract suite, tests/contract/test_transport.py.
+    `CudaIpcTransport`, `NcclTransport`. All keep the promises of tests/contract/test_transport.py.
     """
 
     @property
@@ -102,6 +110,12 @@ class KvTransport(Protocol):
             KvCorrupt: what the holder told of its memory makes no sense.
             QuiescenceLost: nobody can tell whether something still writes to the targets. The
                 process must end; until then the caller keeps them.
+        """
+        ...
+
+    def still(self, remote: RemoteHold, blocks: Sequence[BlockGeneration]) -> bool | None:
+        """The fence, where we can see for ourselves: whether the holder's blocks have had these
+        contents until now. None where only the holder can tell, by its answer to `Release`.
         """
         ...
 

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import torch
+
 from kvrelay.clock import Clock
-from kvrelay.errors import Incompatible, PeerUnavailable, QuiescenceLost
+from kvrelay.errors import Incompatible, PeerUnavailable, QuiescenceLost, ServingError
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.device_cache import DeviceCache
 from kvrelay.transfer import cuda_ipc_page, manifest
-from kvrelay.transfer.base import BlockCopy, PullStats, RemoteHold
+from kvrelay.transfer.base import BlockCopy, BlockGeneration, PullStats, RemoteHold
 from kvrelay.transfer.cuda_ipc_copy import WINDOW_NUM_BYTES, check_sources, copy_runs
 from kvrelay.transfer.cuda_ipc_map import MappedDevice, PeerDevices
 from kvrelay.transfer.cuda_ipc_page import DevicePage
@@ -75,6 +77,7 @@ class CudaIpcTransport:
         self._host = host_identity()
         self._registered: _Registered | None = None
         self._stops: set[threading.Event] = set()
+        self._mapping: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
     def register(self, cache: KvCache) -> None:
@@ -129,7 +132,12 @@ class CudaIpcTransport:
         self._cuda.record(self._here.written.event, stream)
 
     def prepare(self, remote: RemoteHold) -> bool:
-        """Always: what is missing is opened when it is first pulled."""
+        """Always. The holder's memory is mapped meanwhile, and a pull waits for that."""
+        here = self._here
+        if here.peers.known(remote) is None:
+            mapping = asyncio.create_task(self._map(here, remote))
+            self._mapping.add(mapping)
+            mapping.add_done_callback(self._mapping.discard)
         return True
 
     async def pull(self, remote: RemoteHold, copies: Sequence[BlockCopy]) -> PullStats:
@@ -150,16 +158,22 @@ class CudaIpcTransport:
             elapsed_s=self._clock.now() - started,
         )
 
+    def still(self, remote: RemoteHold, blocks: Sequence[BlockGeneration]) -> bool | None:
+        """Only the holder can tell."""
+        return None
+
     async def close(self) -> None:
         """Pulls under way end with `PeerUnavailable`. Waits for at most one window's copy."""
         self._is_closed = True
         here, self._registered = self._registered, None
         if here is None:
             return
+        for mapping in self._mapping:
+            mapping.cancel()
         for stop in self._stops:
             stop.set()
         here.server.close()
-        here.peers.close()
+        await here.peers.close()
         here.devices.close()
         closing = here.thread.call(partial(_close_device, self._cuda, here))
         here.thread.close()
@@ -177,13 +191,23 @@ class CudaIpcTransport:
 
     def _served(self, page: DevicePage) -> DescriptorServer:
         said = manifest.MemoryManifest(
-            worker_id=self._worker_id, epoch=self._epoch, num_bytes=cuda_ipc_page.PAGE_NUM_BYTES
+            worker_id=self._worker_id,
+            epoch=self._epoch,
+            num_bytes=cuda_ipc_page.PAGE_NUM_BYTES,
+            resident_num_bytes=cuda_ipc_page.PAGE_NUM_BYTES,
+            num_blocks=0,
+            generations_offset=0,
         )
         fd = cuda_ipc_page.sealed(page)
         try:
             return DescriptorServer(fd, manifest.encode(said), max_peers=self._max_peers)
         finally:
             os.close(fd)  # the server has its own
+
+    async def _map(self, here: "_Registered", remote: RemoteHold) -> None:
+        with suppress(ServingError):  # whoever pulls meets it, too
+            async with here.peers.use(remote) as page:
+                await here.devices.of(page, remote)
 
     async def _copy(
         self, source: MappedDevice, copies: Sequence[BlockCopy], remote: RemoteHold
@@ -273,9 +297,8 @@ class CupyCuda:
             self._runtime.setDevice(self._device)
 
     def device_uuid(self) -> str:
-        with _said_by_cuda():
-            raw: bytes = self._runtime.getDeviceProperties(self._device)["uuid"]
-        return raw.hex()
+        # CuPy's ends at its first zero byte.
+        return str(torch.cuda.get_device_properties(self._device).uuid)
 
     def process_token(self) -> bytes:
         return process_token()
@@ -285,7 +308,8 @@ class CupyCuda:
 
     def export_memory(self, pointer: int, num_bytes: int) -> ExportedMemory:
         begin, size = allocation_of(pointer)
-        assert pointer + num_bytes <= begin + size
+        if pointer + num_bytes > begin + size:
+            raise DeviceFailed("it lies in more than one allocation")
         with _said_by_cuda():
             handle: bytes = self._runtime.ipcGetMemHandle(begin)
         return ExportedMemory(handle=handle, offset=pointer - begin)

@@ -2,7 +2,8 @@
 
 A block digest finds corruption and is cheap enough to take of every block on both sides. The
 handoff digest binds all of them, in order, to one request's tokens, so that the right bytes of
-the wrong prompt are refused too. Neither is a defence against a peer that lies: peers are authenticated.
+the wrong prompt are refused too. Neither is a defence against a peer that lies: peers are
+authenticated.
 """
 
 import hashlib

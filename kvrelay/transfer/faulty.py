@@ -15,7 +15,7 @@ import structlog
 
 from kvrelay.errors import PeerUnavailable
 from kvrelay.kv.cache import KvCache
-from kvrelay.transfer.base import BlockCopy, KvTransport, PullStats, RemoteHold
+from kvrelay.transfer.base import BlockCopy, BlockGeneration, KvTransport, PullStats, RemoteHold
 from kvrelay.transfer.chaos_spec import ChaosSpec, Damage, Fault
 from kvrelay.transfer.damage import Landing, damage
 from kvrelay.types import TransportOffer
@@ -133,6 +133,9 @@ class FaultyTransport:
         self._overtaken.set()
         self._overtaken = asyncio.Event()
         return stats
+
+    def still(self, remote: RemoteHold, blocks: Sequence[BlockGeneration]) -> bool | None:
+        return self._inner.still(remote, blocks)
 
     async def close(self) -> None:
         await self._inner.close()

@@ -12,6 +12,7 @@ import msgpack
 from kvrelay.errors import Incompatible, KvCorrupt
 
 MANIFEST_VERSION = 2
+GENERATION_NUM_BYTES = 4
 MAX_MANIFEST_BYTES = 4096
 
 _MAX_NAME_CHARS = 256
@@ -25,6 +26,14 @@ class MemoryManifest:
     worker_id: str
     epoch: str
     num_bytes: int
+    resident_num_bytes: int
+    """Of these, from the beginning, what is in memory now. The rest comes when it is touched."""
+
+    num_blocks: int
+    """0: the memory is a page about device memory, not the KV itself."""
+
+    generations_offset: int
+    """Where the generations of all blocks are, 32 bits each."""
 
 
 def encode(manifest: MemoryManifest) -> bytes:
@@ -42,14 +51,31 @@ def decode(raw: bytes) -> MemoryManifest:
         KvCorrupt: anything else than what `encode` writes.
     """
     fields = _fields(raw)
-    version = _integer(fields, "version", MANIFEST_VERSION, 1 << 31)
+    version = _integer(fields, "version", 1, 1 << 31)
     if version != MANIFEST_VERSION:
         raise Incompatible(f"manifest version {version}, ours is {MANIFEST_VERSION}")
-    _expect(fields, {"version", "worker_id", "epoch", "num_bytes"})
+    _expect(
+        fields,
+        {
+            "version",
+            "worker_id",
+            "epoch",
+            "num_bytes",
+            "resident_num_bytes",
+            "num_blocks",
+            "generations_offset",
+        },
+    )
+    num_bytes = _integer(fields, "num_bytes", 1, _MAX_NUM_BYTES)
+    num_blocks = _integer(fields, "num_blocks", 0, num_bytes // GENERATION_NUM_BYTES)
+    most_offset = num_bytes - num_blocks * GENERATION_NUM_BYTES
     return MemoryManifest(
         worker_id=_name(fields, "worker_id"),
         epoch=_name(fields, "epoch"),
-        num_bytes=_integer(fields, "num_bytes", 1, _MAX_NUM_BYTES),
+        num_bytes=num_bytes,
+        resident_num_bytes=_integer(fields, "resident_num_bytes", 0, num_bytes),
+        num_blocks=num_blocks,
+        generations_offset=_integer(fields, "generations_offset", 0, most_offset),
     )
 
 

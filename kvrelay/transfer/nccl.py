@@ -15,7 +15,7 @@ from kvrelay.clock import Clock
 from kvrelay.errors import HandoffLost, Incompatible
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.device_cache import DeviceCache
-from kvrelay.transfer.base import BlockCopy, PullStats, RemoteHold
+from kvrelay.transfer.base import BlockCopy, BlockGeneration, PullStats, RemoteHold
 from kvrelay.transfer.cuda_runtime import CudaApi, DeviceFailed
 from kvrelay.transfer.nccl_holder import NcclHolder
 from kvrelay.transfer.nccl_link import (
@@ -142,6 +142,10 @@ class NcclTransport:
             num_bytes=sum(copy.num_bytes for copy in copies),
             elapsed_s=self._clock.now() - started,
         )
+
+    def still(self, remote: RemoteHold, blocks: Sequence[BlockGeneration]) -> bool | None:
+        """Only the holder can tell."""
+        return None
 
     async def close(self) -> None:
         """Pulls and sends under way end with `PeerUnavailable`."""

@@ -207,10 +207,9 @@ class NcclLink:
             await asyncio.wait(either, timeout=look_s, return_when=asyncio.FIRST_COMPLETED)
             if self._broken_by.done():
                 raise self._broken_by.result()
+            # After the end, too: a stream that has passed says nothing of what failed in it.
             self._communicator.check_async_error()
         moving.result()
-        # What failed after the stream had passed it has moved nobody knows what.
-        self._communicator.check_async_error()
 
     async def _quieten(self, moving: "asyncio.Future[None]") -> None:
         """Return when nothing of the transfer goes on, on this side, any more.

@@ -24,7 +24,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import structlog
 
 from kvrelay.clock import Clock
@@ -35,10 +34,20 @@ from kvrelay.errors import (
     PeerUnavailable,
 )
 from kvrelay.kv.cache import KvCache
-from kvrelay.transfer.base import BlockCopy, PullStats, RemoteHold
+from kvrelay.transfer.base import BlockCopy, BlockGeneration, PullStats, RemoteHold
 from kvrelay.transfer.host import host_identity
 from kvrelay.transfer.nixl_offer import Described, agent_name, describe, described
-from kvrelay.transfer.nixl_reads import Batch, Pull, Ranges, ReadFailed, Reads, batches_of, outcome
+from kvrelay.transfer.nixl_reads import (
+    RUN_NUM_BYTES,
+    Batch,
+    Pull,
+    Ranges,
+    ReadFailed,
+    Reads,
+    batches_of,
+    outcome,
+)
+from kvrelay.transfer.shm import runs_of
 from kvrelay.transfer.side_thread import ended, raise_if_cancelled
 from kvrelay.types import TransportOffer
 
@@ -142,6 +151,10 @@ class NixlTransport:
         await outcome(pull, patience_s=self._stall_s, quiesce_timeout_s=self._quiesce_timeout_s)
         return PullStats(num_bytes=num_bytes, elapsed_s=self._clock.now() - started)
 
+    def still(self, remote: RemoteHold, blocks: Sequence[BlockGeneration]) -> bool | None:
+        """Only the holder can tell."""
+        return None
+
     async def close(self) -> None:
         """Pulls under way end with `PeerUnavailable`."""
         self._is_closed = True
@@ -165,16 +178,17 @@ class NixlTransport:
     def _batches(
         self, here: "_Registered", peer: Described, copies: Sequence[BlockCopy]
     ) -> list[Batch]:
-        lengths = np.array([copy.num_bytes for copy in copies], np.int64)
-        sources = np.array([copy.source_offset for copy in copies], np.int64)
-        targets = np.array([copy.target_offset for copy in copies], np.int64)
-        assert ((targets >= 0) & (targets <= here.num_bytes - lengths)).all()
-        if not ((sources >= 0) & (sources <= peer.num_bytes - lengths)).all():
-            raise KvCorrupt(f"blocks announced beyond the {peer.num_bytes} bytes of {peer.name}")
+        for copy in copies:
+            assert 0 <= copy.target_offset <= here.num_bytes - copy.num_bytes
+            if not 0 <= copy.source_offset <= peer.num_bytes - copy.num_bytes:
+                raise KvCorrupt(
+                    f"{copy.num_bytes} bytes at {copy.source_offset} announced by {peer.name}, "
+                    f"which has {peer.num_bytes}"
+                )
         return batches_of(
-            here.begin + targets,
-            peer.begin + sources,
-            lengths,
+            runs_of(copies, max_bytes=RUN_NUM_BYTES),
+            target_begin=here.begin,
+            source_begin=peer.begin,
             stall_s=self._stall_s,
             floor_bytes_per_s=self._floor_bytes_per_s,
         )

@@ -5,6 +5,7 @@ travels under a digest, and beside it what NIXL does not say: where the memory b
 """
 
 import base64
+import functools
 import hashlib
 import struct
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ def describe(name: str, begin: int, num_bytes: int, metadata: bytes) -> str:
     return address
 
 
+@functools.lru_cache(maxsize=64)  # offers come with every pull, and few differ
 def described(address: str) -> Described:
     """What `describe` wrote. Nothing goes to NIXL that is not whole.
 

@@ -16,11 +16,10 @@ import asyncio
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -29,14 +28,14 @@ import structlog
 
 from kvrelay.clock import Clock
 from kvrelay.errors import KvCorrupt, PeerUnavailable, QuiescenceLost, ServingError
+from kvrelay.transfer.shm import Run
 from kvrelay.transfer.side_thread import ended, raise_if_cancelled
 
-Integers = npt.NDArray[np.int64]
 Ranges = npt.NDArray[np.uint64]
 """[num_ranges, 3]: address, number of bytes, 0."""
 
-_BATCH_NUM_BYTES = 16 << 20
-"""Most bytes that a pull which nobody wants any more still reads; some milliseconds."""
+RUN_NUM_BYTES = 16 << 20
+"""Most bytes in a run of neighbours. Runs are read together until they are as many, or more."""
 
 _FIRST_WAIT_S = 20e-6
 _LAST_WAIT_S = 400e-6
@@ -141,7 +140,10 @@ class Reads:
     def _take(self, wait_s: float) -> bool:
         """Take what was asked for meanwhile; False if the end was. Waits as long as is useful."""
         try:
-            pull = self._asked.get(timeout=wait_s if self._active else None)
+            if self._active:
+                pull = self._asked.get(block=wait_s > 0, timeout=wait_s)
+            else:
+                pull = self._asked.get()
         except queue.Empty:
             return True
         if pull is None:
@@ -254,44 +256,34 @@ async def outcome(pull: Pull, *, patience_s: float, quiesce_timeout_s: float) ->
 
 
 def batches_of(
-    targets: Integers,
-    sources: Integers,
-    lengths: Integers,
+    runs: Sequence[Run],
     *,
+    target_begin: int,
+    source_begin: int,
     stall_s: float,
     floor_bytes_per_s: float,
 ) -> list[Batch]:
-    """Copies from and to these addresses, in order, neighbours on both sides joined.
+    """`runs` in order, between two memories that begin at these addresses.
 
     A batch may take `stall_s` and what its bytes need at `floor_bytes_per_s`.
     """
-    batches: list[Batch] = []
-    for part in _parts(lengths):
-        firsts = _run_firsts(sources[part], targets[part], lengths[part])
-        batch = Batch(
-            sources=_joined(sources[part], lengths[part], firsts),
-            targets=_joined(targets[part], lengths[part], firsts),
-            limit_s=stall_s + float(lengths[part].sum()) / floor_bytes_per_s,
+    parts: list[list[Run]] = []
+    num_bytes = RUN_NUM_BYTES
+    for run in runs:
+        if num_bytes >= RUN_NUM_BYTES:
+            parts.append([])
+            num_bytes = 0
+        parts[-1].append(run)
+        num_bytes += run.num_bytes
+    return [
+        Batch(
+            sources=_ranges((source_begin + run.source_offset, run.num_bytes) for run in part),
+            targets=_ranges((target_begin + run.target_offset, run.num_bytes) for run in part),
+            limit_s=stall_s + sum(run.num_bytes for run in part) / floor_bytes_per_s,
         )
-        batches.append(batch)
-    return batches
+        for part in parts
+    ]
 
 
-def _parts(lengths: Integers) -> list[slice]:
-    """Neighbouring copies, `_BATCH_NUM_BYTES` together or a little more."""
-    number = (np.cumsum(lengths) - lengths) // _BATCH_NUM_BYTES
-    cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(lengths)]
-    return [slice(i, j) for i, j in pairwise(cuts) if i < j]
-
-
-def _run_firsts(sources: Integers, targets: Integers, lengths: Integers) -> Integers:
-    """Where a run begins of copies that are neighbours on both sides."""
-    follows = (np.diff(sources) == lengths[:-1]) & (np.diff(targets) == lengths[:-1])
-    return np.flatnonzero(np.concatenate(([True], ~follows)))
-
-
-def _joined(addresses: Integers, lengths: Integers, firsts: Integers) -> Ranges:
-    ranges = np.zeros((len(firsts), 3), np.uint64)
-    ranges[:, 0] = addresses[firsts]
-    ranges[:, 1] = np.add.reduceat(lengths, firsts)
-    return ranges
+def _ranges(places: Iterable[tuple[int, int]]) -> Ranges:
+    return np.array([(address, num_bytes, 0) for address, num_bytes in places], np.uint64)

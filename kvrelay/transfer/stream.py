@@ -1,12 +1,15 @@
 """KV over gRPC: works between any two workers that can call each other.
 
-1. `register` notes where pulls land; the bytes are served by the worker's `HandoffService`,
-   whose `Read` frames blocks with `read_frames`.
+1. `register` notes where pulls land; the bytes are served by the worker's `HandoffService`, which
+   `add_to_server` registers so that its `Read` may answer with the bytes of `frames_of`.
 2. A pull asks for the blocks in order and checks every frame before it is written.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import grpc
+from google.protobuf.message import DecodeError
 
 from kvrelay.clock import Clock
 from kvrelay.config import TlsFiles
@@ -16,22 +19,52 @@ from kvrelay.errors import (
 )
 from kvrelay.kv.cache import KvCache
 from kvrelay.rpc.channels import Channels
-from kvrelay.transfer.base import BlockCopy, PullStats, RemoteHold
+from kvrelay.transfer.base import BlockCopy, BlockGeneration, PullStats, RemoteHold
+from kvrelay.transfer.frames import FRAME_NUM_BYTES, data_of
 from kvrelay.transfer.holder import told_by
 from kvrelay.types import TransportOffer
 from kvrelay.v1 import handoff_pb2, handoff_pb2_grpc
-
-FRAME_NUM_BYTES = 1 << 20
-"""Most bytes in one message."""
 
 _MAX_INDEXES = 4096
 """Most blocks that one `Read` may name."""
 
 
-def read_frames(view: memoryview) -> Iterator[tuple[int, bytes]]:
-    """A block's bytes as (offset, at most `FRAME_NUM_BYTES` bytes), each copied once."""
-    for offset in range(0, len(view), FRAME_NUM_BYTES):
-        yield offset, bytes(view[offset : offset + FRAME_NUM_BYTES])
+_Read = grpc.aio.UnaryStreamMultiCallable[handoff_pb2.ReadRequest, bytes]
+
+_SERVICE = handoff_pb2.DESCRIPTOR.services_by_name["HandoffService"].full_name
+
+
+def add_to_server(
+    servicer: handoff_pb2_grpc.HandoffServiceServicer, server: grpc.aio.Server
+) -> None:
+    """As the generated function of this service, but `Read` may yield bytes of messages, too."""
+    taken = _Taken()
+    handoff_pb2_grpc.add_HandoffServiceServicer_to_server(servicer, taken)  # type: ignore[arg-type]
+    read = taken.handlers["Read"]
+    taken.handlers["Read"] = grpc.unary_stream_rpc_method_handler(
+        read.unary_stream, read.request_deserializer, _as_bytes
+    )
+    handlers = grpc.method_handlers_generic_handler(_SERVICE, taken.handlers)
+    server.add_generic_rpc_handlers((handlers,))
+    server.add_registered_method_handlers(_SERVICE, taken.handlers)
+
+
+class _Taken:
+    """Stands in for a server, and takes the handlers of one service."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[str, Any] = {}
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Those that `add_registered_method_handlers` tells by name."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        assert service == _SERVICE
+        self.handlers = dict(handlers)
+
+
+def _as_bytes(answer: handoff_pb2.ReadResponse | bytes) -> bytes:
+    return answer if isinstance(answer, bytes) else answer.SerializeToString()
 
 
 class StreamTransport:
@@ -78,13 +111,19 @@ class StreamTransport:
         self._check_open()
         started = self._clock.now()
         async with self._channels.use(remote.address) as channel:
-            stub = handoff_pb2_grpc.HandoffServiceStub(channel)
+            read: _Read = channel.unary_stream(
+                f"/{_SERVICE}/Read", handoff_pb2.ReadRequest.SerializeToString
+            )
             for first in range(0, len(copies), _MAX_INDEXES):
-                await self._read(stub, remote, copies[first : first + _MAX_INDEXES])
+                await self._read(read, remote, copies[first : first + _MAX_INDEXES])
         return PullStats(
             num_bytes=sum(copy.num_bytes for copy in copies),
             elapsed_s=self._clock.now() - started,
         )
+
+    def still(self, remote: RemoteHold, blocks: Sequence[BlockGeneration]) -> bool | None:
+        """Only the holder can tell."""
+        return None
 
     async def close(self) -> None:
         """Pulls under way end with `PeerUnavailable`."""
@@ -93,7 +132,7 @@ class StreamTransport:
 
     async def _read(
         self,
-        stub: "handoff_pb2_grpc.HandoffServiceAsyncStub",
+        read: "_Read",
         remote: RemoteHold,
         copies: Sequence[BlockCopy],
     ) -> None:
@@ -109,7 +148,7 @@ class StreamTransport:
         )
         landing = _Landing(self._cache, copies)
         with told_by(remote):
-            call = stub.Read(request)
+            call = read(request)
             try:
                 async for frame in call:
                     landing.write(frame)
@@ -131,10 +170,32 @@ class _Landing:
         self._num_landed = 0
         self._offset = 0
 
-    def write(self, frame: handoff_pb2.ReadResponse) -> None:
+    def write(self, frame: bytes) -> None:
         if self._num_landed == len(self._copies):
             raise KvCorrupt(f"bytes after the last of {self._num_landed} blocks")
         copy = self._copies[self._num_landed]
+        data = data_of(
+            frame,
+            index=copy.index,
+            offset=self._offset,
+            left_num_bytes=copy.num_bytes - self._offset,
+        )
+        self._land(copy, self._checked(copy, frame) if data is None else data)
+
+    def _land(self, copy: BlockCopy, data: memoryview | bytes) -> None:
+        end = self._offset + len(data)
+        self._cache.range_bytes(copy.target_offset + self._offset, len(data))[:] = data
+        self._offset = end
+        if end == copy.num_bytes:
+            self._num_landed += 1
+            self._offset = 0
+
+    def _checked(self, copy: BlockCopy, raw: bytes) -> bytes:
+        """The data of a frame that was cut or written otherwise than we do it."""
+        try:
+            frame = handoff_pb2.ReadResponse.FromString(raw)
+        except DecodeError as error:
+            raise KvCorrupt(f"frame of {len(raw)} bytes is no message") from error
         if (frame.index, frame.offset_bytes) != (copy.index, self._offset):
             raise KvCorrupt(
                 f"frame of block {frame.index} at {frame.offset_bytes}, "
@@ -147,11 +208,7 @@ class _Landing:
                 f"frame of {len(data)} bytes at {self._offset}, "
                 f"the block has {copy.num_bytes}, frames {FRAME_NUM_BYTES}"
             )
-        self._cache.range_bytes(copy.target_offset + self._offset, len(data))[:] = data
-        self._offset = end
-        if end == copy.num_bytes:
-            self._num_landed += 1
-            self._offset = 0
+        return data
 
     def finish(self) -> None:
         if self._num_landed != len(self._copies):

@@ -396,9 +396,11 @@ class HandoffTiming(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     grant_wait_s: _builtins.float
-    """From the first announced block until the engine had blocks for it, in seconds."""
+    """From the holder's last announcement until the engine had blocks for it, in seconds; 0 where it
+    had them before.
+    """
     transfer_s: _builtins.float
-    """From the holder's last announcement until all bytes had landed, in seconds."""
+    """From then, or the last announcement, until all bytes had landed."""
     verify_s: _builtins.float
     """Computing the digest of what landed, after the last byte."""
     release_s: _builtins.float

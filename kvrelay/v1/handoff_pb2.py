@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvrelay.v1 import common_pb2 as kvrelay_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvrelay/v1/handoff.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"\xd6\x01\n\x0bPullRequest\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\tpuller_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12,\n\x0b\x66ingerprint\x18\x04 \x01(\x0b\x32\x17.kvrelay.v1.Fingerprint\x12\x14\n\x0cpuller_epoch\x18\x05 \x01(\t\x12\x0e\n\x06ticket\x18\x06 \x01(\x0c\x12\x12\n\nwire_dtype\x18\x07 \x01(\t\x12\x13\n\x0b\x64igest_kind\x18\x08 \x01(\t\x12\x14\n\x0climit_tokens\x18\t \x01(\r\"\xc5\x01\n\x0cPullResponse\x12(\n\x06opened\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.PullOpenedH\x00\x12(\n\x06\x62locks\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.PullBlocksH\x00\x12,\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x18.kvrelay.v1.PullCompleteH\x00\x12*\n\x07\x64igests\x18\x04 \x01(\x0b\x32\x17.kvrelay.v1.PullDigestsH\x00\x42\x07\n\x05\x65vent\"s\n\nPullOpened\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12)\n\x0bwire_layout\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x12\n\nis_running\x18\x04 \x01(\x08\"H\n\nPullBlocks\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12%\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x15.kvrelay.v1.HeldBlock\"A\n\tHeldBlock\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04J\x04\x08\x01\x10\x02J\x04\x08\x03\x10\x04\"3\n\x0bPullDigests\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x0f\n\x07\x64igests\x18\x02 \x03(\x06\"R\n\x0cPullComplete\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x18\n\x10output_token_ids\x18\x04 \x03(\rJ\x04\x08\x01\x10\x02\"z\n\x0bReadRequest\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\tpuller_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07indexes\x18\x04 \x03(\r\x12\x14\n\x0cpuller_epoch\x18\x05 \x01(\t\x12\x0e\n\x06ticket\x18\x06 \x01(\x0c\"A\n\x0cReadResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"k\n\rFreezeRequest\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\tpuller_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x14\n\x0cpuller_epoch\x18\x04 \x01(\t\x12\x0e\n\x06ticket\x18\x05 \x01(\x0c\"<\n\x0e\x46reezeResponse\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.ResponseHeader\"\x81\x01\n\x0eReleaseRequest\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\tpuller_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x13\n\x0bgenerations\x18\x04 \x03(\r\x12\x14\n\x0cpuller_epoch\x18\x05 \x01(\t\x12\x0e\n\x06ticket\x18\x06 \x01(\x0c\"=\n\x0fReleaseResponse\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.ResponseHeader\"\x80\x01\n\x0fOpenLinkRequest\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\tpuller_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x14\n\x0cpuller_epoch\x18\x04 \x01(\t\x12\x0e\n\x06ticket\x18\x05 \x01(\x0c\x12\x11\n\tunique_id\x18\x06 \x01(\x0c\">\n\x10OpenLinkResponse\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.ResponseHeader\"\x9d\x01\n\x0bSendRequest\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\tpuller_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x14\n\x0cpuller_epoch\x18\x04 \x01(\t\x12\x0e\n\x06ticket\x18\x05 \x01(\x0c\x12\x0f\n\x07link_id\x18\x06 \x01(\t\x12\x0f\n\x07indexes\x18\x07 \x03(\r\x12\x10\n\x08sequence\x18\x08 \x01(\x04\":\n\x0cSendResponse\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.ResponseHeader2\x91\x03\n\x0eHandoffService\x12;\n\x04Pull\x12\x17.kvrelay.v1.PullRequest\x1a\x18.kvrelay.v1.PullResponse0\x01\x12;\n\x04Read\x12\x17.kvrelay.v1.ReadRequest\x1a\x18.kvrelay.v1.ReadResponse0\x01\x12?\n\x06\x46reeze\x12\x19.kvrelay.v1.FreezeRequest\x1a\x1a.kvrelay.v1.FreezeResponse\x12\x42\n\x07Release\x12\x1a.kvrelay.v1.ReleaseRequest\x1a\x1b.kvrelay.v1.ReleaseResponse\x12\x45\n\x08OpenLink\x12\x1b.kvrelay.v1.OpenLinkRequest\x1a\x1c.kvrelay.v1.OpenLinkResponse\x12\x39\n\x04Send\x12\x17.kvrelay.v1.SendRequest\x1a\x18.kvrelay.v1.SendResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvrelay/v1/handoff.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"\xd6\x01\n\x0bPullRequest\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\tpuller_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12,\n\x0b\x66ingerprint\x18\x04 \x01(\x0b\x32\x17.kvrelay.v1.Fingerprint\x12\x14\n\x0cpuller_epoch\x18\x05 \x01(\t\x12\x0e\n\x06ticket\x18\x06 \x01(\x0c\x12\x12\n\nwire_dtype\x18\x07 \x01(\t\x12\x13\n\x0b\x64igest_kind\x18\x08 \x01(\t\x12\x14\n\x0climit_tokens\x18\t \x01(\r\"\xb4\x01\n\x0cPullResponse\x12&\n\x06opened\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.PullOpened\x12&\n\x06\x62locks\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.PullBlocks\x12(\n\x07\x64igests\x18\x04 \x01(\x0b\x32\x17.kvrelay.v1.PullDigests\x12*\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x18.kvrelay.v1.PullComplete\"s\n\nPullOpened\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12)\n\x0bwire_layout\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x12\n\nis_running\x18\x04 \x01(\x08\"H\n\nPullBlocks\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12%\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x15.kvrelay.v1.HeldBlock\"M\n\tHeldBlock\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04J\x04\x08\x03\x10\x04\"3\n\x0bPullDigests\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x0f\n\x07\x64igests\x18\x02 \x03(\x06\"R\n\x0cPullComplete\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x18\n\x10output_token_ids\x18\x04 \x03(\rJ\x04\x08\x01\x10\x02\"z\n\x0bReadRequest\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\tpuller_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x0f\n\x07indexes\x18\x04 \x03(\r\x12\x14\n\x0cpuller_epoch\x18\x05 \x01(\t\x12\x0e\n\x06ticket\x18\x06 \x01(\x0c\"A\n\x0cReadResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"k\n\rFreezeRequest\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\tpuller_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x14\n\x0cpuller_epoch\x18\x04 \x01(\t\x12\x0e\n\x06ticket\x18\x05 \x01(\x0c\"<\n\x0e\x46reezeResponse\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.ResponseHeader\"\x81\x01\n\x0eReleaseRequest\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\tpuller_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x13\n\x0bgenerations\x18\x04 \x03(\r\x12\x14\n\x0cpuller_epoch\x18\x05 \x01(\t\x12\x0e\n\x06ticket\x18\x06 \x01(\x0c\"=\n\x0fReleaseResponse\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.ResponseHeader\"\x80\x01\n\x0fOpenLinkRequest\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\tpuller_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x14\n\x0cpuller_epoch\x18\x04 \x01(\t\x12\x0e\n\x06ticket\x18\x05 \x01(\x0c\x12\x11\n\tunique_id\x18\x06 \x01(\x0c\">\n\x10OpenLinkResponse\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.ResponseHeader\"\x9d\x01\n\x0bSendRequest\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\tpuller_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x14\n\x0cpuller_epoch\x18\x04 \x01(\t\x12\x0e\n\x06ticket\x18\x05 \x01(\x0c\x12\x0f\n\x07link_id\x18\x06 \x01(\t\x12\x0f\n\x07indexes\x18\x07 \x03(\r\x12\x10\n\x08sequence\x18\x08 \x01(\x04\":\n\x0cSendResponse\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.ResponseHeader2\x91\x03\n\x0eHandoffService\x12;\n\x04Pull\x12\x17.kvrelay.v1.PullRequest\x1a\x18.kvrelay.v1.PullResponse0\x01\x12;\n\x04Read\x12\x17.kvrelay.v1.ReadRequest\x1a\x18.kvrelay.v1.ReadResponse0\x01\x12?\n\x06\x46reeze\x12\x19.kvrelay.v1.FreezeRequest\x1a\x1a.kvrelay.v1.FreezeResponse\x12\x42\n\x07Release\x12\x1a.kvrelay.v1.ReleaseRequest\x1a\x1b.kvrelay.v1.ReleaseResponse\x12\x45\n\x08OpenLink\x12\x1b.kvrelay.v1.OpenLinkRequest\x1a\x1c.kvrelay.v1.OpenLinkResponse\x12\x39\n\x04Send\x12\x17.kvrelay.v1.SendRequest\x1a\x18.kvrelay.v1.SendResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,37 +35,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PULLREQUEST']._serialized_start=66
   _globals['_PULLREQUEST']._serialized_end=280
   _globals['_PULLRESPONSE']._serialized_start=283
-  _globals['_PULLRESPONSE']._serialized_end=480
-  _globals['_PULLOPENED']._serialized_start=482
-  _globals['_PULLOPENED']._serialized_end=597
-  _globals['_PULLBLOCKS']._serialized_start=599
-  _globals['_PULLBLOCKS']._serialized_end=671
-  _globals['_HELDBLOCK']._serialized_start=673
-  _globals['_HELDBLOCK']._serialized_end=738
-  _globals['_PULLDIGESTS']._serialized_start=740
-  _globals['_PULLDIGESTS']._serialized_end=791
-  _globals['_PULLCOMPLETE']._serialized_start=793
-  _globals['_PULLCOMPLETE']._serialized_end=875
-  _globals['_READREQUEST']._serialized_start=877
-  _globals['_READREQUEST']._serialized_end=999
-  _globals['_READRESPONSE']._serialized_start=1001
-  _globals['_READRESPONSE']._serialized_end=1066
-  _globals['_FREEZEREQUEST']._serialized_start=1068
-  _globals['_FREEZEREQUEST']._serialized_end=1175
-  _globals['_FREEZERESPONSE']._serialized_start=1177
-  _globals['_FREEZERESPONSE']._serialized_end=1237
-  _globals['_RELEASEREQUEST']._serialized_start=1240
-  _globals['_RELEASEREQUEST']._serialized_end=1369
-  _globals['_RELEASERESPONSE']._serialized_start=1371
-  _globals['_RELEASERESPONSE']._serialized_end=1432
-  _globals['_OPENLINKREQUEST']._serialized_start=1435
-  _globals['_OPENLINKREQUEST']._serialized_end=1563
-  _globals['_OPENLINKRESPONSE']._serialized_start=1565
-  _globals['_OPENLINKRESPONSE']._serialized_end=1627
-  _globals['_SENDREQUEST']._serialized_start=1630
-  _globals['_SENDREQUEST']._serialized_end=1787
-  _globals['_SENDRESPONSE']._serialized_start=1789
-  _globals['_SENDRESPONSE']._serialized_end=1847
-  _globals['_HANDOFFSERVICE']._serialized_start=1850
-  _globals['_HANDOFFSERVICE']._serialized_end=2251
+  _globals['_PULLRESPONSE']._serialized_end=463
+  _globals['_PULLOPENED']._serialized_start=465
+  _globals['_PULLOPENED']._serialized_end=580
+  _globals['_PULLBLOCKS']._serialized_start=582
+  _globals['_PULLBLOCKS']._serialized_end=654
+  _globals['_HELDBLOCK']._serialized_start=656
+  _globals['_HELDBLOCK']._serialized_end=733
+  _globals['_PULLDIGESTS']._serialized_start=735
+  _globals['_PULLDIGESTS']._serialized_end=786
+  _globals['_PULLCOMPLETE']._serialized_start=788
+  _globals['_PULLCOMPLETE']._serialized_end=870
+  _globals['_READREQUEST']._serialized_start=872
+  _globals['_READREQUEST']._serialized_end=994
+  _globals['_READRESPONSE']._serialized_start=996
+  _globals['_READRESPONSE']._serialized_end=1061
+  _globals['_FREEZEREQUEST']._serialized_start=1063
+  _globals['_FREEZEREQUEST']._serialized_end=1170
+  _globals['_FREEZERESPONSE']._serialized_start=1172
+  _globals['_FREEZERESPONSE']._serialized_end=1232
+  _globals['_RELEASEREQUEST']._serialized_start=1235
+  _globals['_RELEASEREQUEST']._serialized_end=1364
+  _globals['_RELEASERESPONSE']._serialized_start=1366
+  _globals['_RELEASERESPONSE']._serialized_end=1427
+  _globals['_OPENLINKREQUEST']._serialized_start=1430
+  _globals['_OPENLINKREQUEST']._serialized_end=1558
+  _globals['_OPENLINKRESPONSE']._serialized_start=1560
+  _globals['_OPENLINKRESPONSE']._serialized_end=1622
+  _globals['_SENDREQUEST']._serialized_start=1625
+  _globals['_SENDREQUEST']._serialized_end=1782
+  _globals['_SENDRESPONSE']._serialized_start=1784
+  _globals['_SENDRESPONSE']._serialized_end=1842
+  _globals['_HANDOFFSERVICE']._serialized_start=1845
+  _globals['_HANDOFFSERVICE']._serialized_end=2246
 # @@protoc_insertion_point(module_scope)

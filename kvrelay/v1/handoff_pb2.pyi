@@ -81,14 +81,16 @@ Global___PullRequest: _TypeAlias = PullRequest  # noqa: Y015
 
 @_typing.final
 class PullResponse(_message.Message):
-    """One announcement."""
+    """Whatever is to be announced now, at least one field, to be heard in the order of their names
+    here.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     OPENED_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
-    COMPLETE_FIELD_NUMBER: _builtins.int
     DIGESTS_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___PullOpened:
         """The hold exists. First and once."""
@@ -98,28 +100,26 @@ class PullResponse(_message.Message):
         """More blocks are ready."""
 
     @_builtins.property
-    def complete(self) -> Global___PullComplete:
-        """Everything is ready. Last and once."""
+    def digests(self) -> Global___PullDigests:
+        """Digests of blocks announced before, or with this message."""
 
     @_builtins.property
-    def digests(self) -> Global___PullDigests:
-        """Digests of blocks announced before."""
+    def complete(self) -> Global___PullComplete:
+        """Everything is ready. Last and once."""
 
     def __init__(
         self,
         *,
         opened: Global___PullOpened | None = ...,
         blocks: Global___PullBlocks | None = ...,
-        complete: Global___PullComplete | None = ...,
         digests: Global___PullDigests | None = ...,
+        complete: Global___PullComplete | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "complete", b"complete", "digests", b"digests", "event", b"event", "opened", b"opened"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "complete", b"complete", "digests", b"digests", "opened", b"opened"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "complete", b"complete", "digests", b"digests", "event", b"event", "opened", b"opened"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "complete", b"complete", "digests", b"digests", "opened", b"opened"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["opened", "blocks", "complete", "digests"]  # noqa: Y015
-    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PullResponse: _TypeAlias = PullResponse  # noqa: Y015
 
@@ -193,8 +193,11 @@ class HeldBlock(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    BLOCK_ID_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    block_id: _builtins.int
+    """Index in the holder's block pool."""
     generation: _builtins.int
     """Grows each time the holder gives the block's content up."""
     offset_bytes: _builtins.int
@@ -202,12 +205,13 @@ class HeldBlock(_message.Message):
     def __init__(
         self,
         *,
+        block_id: _builtins.int = ...,
         generation: _builtins.int = ...,
         offset_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "offset_bytes", b"offset_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_id", b"block_id", "generation", b"generation", "offset_bytes", b"offset_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,7 +7,8 @@ from kvrelay.handoff.holds import HoldLimits
 from kvrelay.handoff.keeper import HoldKeeper
 from kvrelay.handoff.service import HandoffServicer
 from kvrelay.rpc.server import Service
-from kvrelay.v1 import handoff_pb2, handoff_pb2_grpc
+from kvrelay.transfer import stream
+from kvrelay.v1 import handoff_pb2
 from kvrelay.worker.parts import WorkerParts
 
 MAX_REMEMBERED_HOLDS = 4096
@@ -47,7 +48,7 @@ def handoff_service(parts: WorkerParts, keeper: HoldKeeper) -> Service:
         sender=parts.transports.sender,
     )
     return Service(
-        handoff_pb2_grpc.add_HandoffServiceServicer_to_server,
+        stream.add_to_server,
         servicer,
         handoff_pb2.DESCRIPTOR.services_by_name["HandoffService"].full_name,
     )

@@ -144,7 +144,8 @@ def make_engine(
 ) -> Engine:
     """An engine over all blocks of `cache`, not started."""
     index = PrefixIndex(block_size=cache.layout.block_size, key=secrets.token_bytes(32))
-    scheduler = Scheduler(BlockPool(cache.num_blocks, index), index, limits=limits)
+    pool = BlockPool(cache.num_blocks, index, cache.generations)
+    scheduler = Scheduler(pool, index, limits=limits)
     return Engine(
         runner=runner,
         scheduler=scheduler,

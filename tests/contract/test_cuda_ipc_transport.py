@@ -1,4 +1,4 @@
-"""What `cuda_ipc` does beside what all transports do: mappings that end, events, what it refuses."""
+"""What `cuda_ipc` does beside what all transports do: mappings that end, events, refusals."""
 
 import asyncio
 import sys
@@ -11,7 +11,7 @@ from kvrelay.errors import Incompatible, KvCorrupt, PeerUnavailable, QuiescenceL
 from kvrelay.kv.device_cache import DeviceCache
 from kvrelay.transfer.base import BlockCopy
 from kvrelay.transfer.cuda_ipc import CudaIpcTransport, CupyCuda
-from tests.support.device_peer import SHORT, SMALL, World, copies_of, open_device_peer
+from tests.support.device_peer import HASTY, SHORT, SMALL, World, copies_of, open_device_peer
 from tests.support.scripted_cuda import ScriptedCuda
 
 
@@ -35,6 +35,28 @@ async def test_a_peer_is_mapped_once_and_for_as_long_as_it_lives():
                 await puller.transport.pull(holder.hold(), copies_of([(i, i)]))
                 assert len(world.machine.mapped) == 1
         await until_unmapped(world, left=0)
+
+
+async def test_preparing_maps_before_anybody_waits():
+    """So the first pull begins as soon as any; what cannot be mapped is met by whoever pulls."""
+    world = World()
+    async with (
+        open_peer(world, "prefill-0") as holder,
+        open_peer(world, "prefill-1") as other,
+        open_peer(world, "decode-0", seed=2) as puller,
+    ):
+        assert puller.transport.prepare(holder.hold())
+        async with asyncio.timeout(5):
+            while not world.machine.mapped:  # noqa: ASYNC110 - the thread tells nobody
+                await asyncio.sleep(0.001)
+        puller.cuda.maps.clear()
+        await puller.transport.pull(holder.hold(), copies_of([(0, 0)]))
+        puller.cuda.maps.set()
+        puller.cuda.is_reachable = False
+        assert puller.transport.prepare(other.hold())
+        with pytest.raises(Incompatible):
+            await puller.transport.pull(other.hold(), copies_of([(0, 0)]))
+        assert puller.transport.prepare(holder.hold())  # and closes meanwhile
 
 
 async def test_closing_unmaps_all():
@@ -117,7 +139,7 @@ async def test_a_mapping_that_takes_too_long_is_given_up():
     world = World()
     async with (
         open_peer(world, "prefill-0") as holder,
-        open_peer(world, "decode-0", limits=SHORT) as puller,
+        open_peer(world, "decode-0", limits=HASTY) as puller,
     ):
         puller.cuda.maps.clear()
         with pytest.raises(PeerUnavailable, match="mapping"):
@@ -151,11 +173,12 @@ async def test_a_device_that_fails_costs_the_process():
             await puller.transport.pull(holder.hold(), copies_of([(0, 0)]))
 
 
-@pytest.mark.parametrize("offset", [-1, 16 * SMALL.block_num_bytes, 1 << 50])
-async def test_a_range_the_holder_does_not_have_is_refused(offset):
+@pytest.mark.parametrize("past_end", [0, 1 << 50, -(1 << 50)])
+async def test_a_range_the_holder_does_not_have_is_refused(past_end):
     """Before anything is copied."""
     world = World()
     async with open_peer(world, "prefill-0") as holder, open_peer(world, "decode-0") as puller:
+        offset = holder.cache.num_bytes + past_end
         copy = BlockCopy(index=0, source_offset=offset, target_offset=0, num_bytes=1)
         with pytest.raises(KvCorrupt, match="prefill-0, which has"):
             await puller.transport.pull(holder.hold(), [copy])

@@ -53,6 +53,8 @@ WORKER_METRICS = {
     ("kvrelay_engine_running_sequences", "gauge", ("role",)),
     ("kvrelay_engine_waiting_sequences", "gauge", ("role",)),
     ("kvrelay_engine_handoff_holds", "gauge", ("role",)),
+    ("kvrelay_engine_waiting_handoffs", "gauge", ("role",)),
+    ("kvrelay_engine_grant_wait_seconds", "histogram", ("role",)),
     ("kvrelay_engine_step_seconds", "histogram", ("role",)),
     ("kvrelay_engine_handoffs_total", "counter", ("role",)),
     ("kvrelay_engine_preemptions_total", "counter", ("role",)),

@@ -18,7 +18,7 @@ from kvrelay.errors import (
 from kvrelay.transfer.nccl import CupyNccl
 from kvrelay.transfer.nccl_holder import link_id_of
 from tests.support.clock import ManualClock
-from tests.support.device_peer import SHORT, DevicePeer, World, copies_of, open_device_peer
+from tests.support.device_peer import HASTY, SHORT, DevicePeer, World, copies_of, open_device_peer
 
 
 def open_peer(world, worker_id, **options):
@@ -90,12 +90,12 @@ async def test_a_join_that_hangs_is_told_to_whoever_ends_the_process(hangs_at):
     """It leaves no handle to abort by; meanwhile the pair does without."""
     world = World()
     async with (
-        open_peer(world, "prefill-0", limits=SHORT) as holder,
-        open_peer(world, "decode-0", limits=SHORT) as puller,
+        open_peer(world, "prefill-0", limits=HASTY) as holder,
+        open_peer(world, "decode-0", limits=HASTY) as puller,
     ):
         hung = puller if hangs_at == "puller" else holder
         hung.nccl.joins.clear()
-        with pytest.raises(QuiescenceLost, match="was not open within 0.3 s"):
+        with pytest.raises(QuiescenceLost, match=r"was not open within 0\.3 s"):
             await puller.nccl_transport.opened(holder.hold())
         with pytest.raises(PeerUnavailable):
             await puller.transport.pull(holder.hold(), copies_of([(0, 0)]))
@@ -106,8 +106,8 @@ async def test_a_join_that_comes_too_late_is_aborted_where_it_came():
     """Nobody keeps a communicator that nobody knows."""
     world = World()
     async with (
-        open_peer(world, "prefill-0", limits=SHORT) as holder,
-        open_peer(world, "decode-0", limits=SHORT) as puller,
+        open_peer(world, "prefill-0", limits=HASTY) as holder,
+        open_peer(world, "decode-0", limits=HASTY) as puller,
     ):
         holder.nccl.joins.clear()
         with pytest.raises(QuiescenceLost):
@@ -329,7 +329,7 @@ async def test_sizes_that_differ_end_the_link():
     async with linked(limits=SHORT) as (holder, puller):
         (copy,) = copies_of([(0, 0)])
         half = type(copy)(index=0, source_offset=0, target_offset=0, num_bytes=copy.num_bytes // 2)
-        with pytest.raises(PeerUnavailable, match=r"took more than 0\.3 s|went|link"):
+        with pytest.raises(PeerUnavailable, match=r"took more than 0\.3 s"):
             await puller.transport.pull(holder.hold(), [half])
         await until(lambda: puller.nccl.num_aborted == holder.nccl.num_aborted == 1)
 

@@ -76,7 +76,7 @@ def test_a_handoff_between_two_engines_continues_the_tokens():
         ):
             decode.model.copy_block(prefill.model, source, target)
 
-        decode.engine.join("d", prefill.sink.tokens["p"])
+        decode.engine.join("d", prefill.sink.tokens["p"], 10)
         decode.sink.wait_finished("d")
         assert prefill.engine.load().blocks.held == 3
         prefill.engine.release("p")
@@ -150,7 +150,7 @@ def test_a_join_wakes_an_idle_engine():
         run.model.land(run.sink.grants["a"].block_table, prompt(6))
         clock.advance(3.0)
 
-        run.engine.join("a", expected_tokens(prompt(6), 1))
+        run.engine.join("a", expected_tokens(prompt(6), 1), 6)
         run.sink.wait_finished("a")
 
     assert run.sink.timings["a"].queue_s == 0.0
@@ -215,7 +215,7 @@ def test_a_join_that_is_finished_already_says_so():
     """
     with running_engine() as run:
         run.engine.submit(request("a", origin=Origin.LAND, max_tokens=1))
-        run.engine.join("a", (5,))
+        run.engine.join("a", (5,), 6)
         run.sink.wait_finished("a")
 
         assert run.sink.tokens["a"] == ()
@@ -232,7 +232,7 @@ def test_refusals_reach_the_caller_and_change_nothing():
         with pytest.raises(InvalidRequest):
             run.engine.submit(request("a", ()))
         with pytest.raises(NotFound):
-            run.engine.join("a", (1,))
+            run.engine.join("a", (1,), 6)
 
         assert run.engine.is_idle
 
@@ -340,11 +340,11 @@ def test_generations_grow_as_blocks_are_given_up():
         run.engine.submit(request("a", prompt(6), goal=Goal.HOLD))
         run.sink.wait_tokens("a", 1)
         full, partial = run.sink.chunks["a"][-1].block_table
-        before = [run.engine.generation(block) for block in (full, partial)]
+        before = run.engine.generations((full, partial))
 
         run.engine.release("a")
 
-        after = [run.engine.generation(block) for block in (full, partial)]
+        after = run.engine.generations((full, partial))
         assert after == [before[0], before[1] + 1]  # the full one is cached
 
 

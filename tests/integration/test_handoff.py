@@ -243,6 +243,9 @@ class Gated:
     def prepare(self, remote) -> bool:
         return self.inner.prepare(remote)
 
+    def still(self, remote, blocks):
+        return self.inner.still(remote, blocks)
+
     async def pull(self, remote, copies):
         self.entered.set()
         await self.go.wait()

@@ -292,21 +292,40 @@ async def test_a_target_that_dies_once_it_has_taken_over_is_a_lost_attempt(
 
 async def test_a_worker_that_dies_while_it_is_left_is_a_lost_attempt() -> None:
     """
-    The move is called off: whether it had released cannot be known, so the prompt is prefilled
-    again, with all tokens that the caller has.
+    If it had not handed over: the other worker says so, and the prompt is prefilled again, with
+    all tokens that the caller has.
     """
     async with scene(is_pulling_shut=True) as it:
         it.drain()
         await until(lambda: it.target.submits)
         await it.source.vanish()
+        it.target.pulling.open()
         ledger = await it.caller.rest()
 
         assert it.caller.tokens == ANSWER
-        assert ledger.lost_attempts == ("PEER_UNAVAILABLE",)
+        assert ledger.lost_attempts == ("HANDOFF_LOST",)
         assert [s.attempt for s in it.target.submits] == [2, 3]
         assert list(it.target.submits[1].emitted_token_ids) == ANSWER[:4]
-        assert it.target.cancels[0][1] == 2
-        assert it.moves() == {"overtaken": 1}
+        assert it.moves() == {"failed": 1}
+
+
+async def test_a_worker_that_dies_once_it_has_handed_over_is_not_missed() -> None:
+    """
+    Before it could say so, and before the other said a word: nothing is lost, since the other
+    repeats whatever the caller may not have.
+    """
+    async with scene(is_target_held=True, is_parting_shut=True) as it:
+        it.drain()
+        reading = asyncio.create_task(it.caller.rest())
+        await until(lambda: it.source.released)
+        await it.source.vanish()
+        await it.deployed.until_left("d0")
+        it.target.allow(100)
+        ledger = await reading
+
+        assert it.caller.tokens == ANSWER
+        assert (ledger.decode_worker, ledger.lost_attempts) == ("d1", ())
+        assert len(it.prefill.submits) == 1
 
 
 async def test_a_request_that_ends_where_it_was_just_ends() -> None:

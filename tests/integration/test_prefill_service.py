@@ -7,6 +7,7 @@ import grpc
 import pytest
 
 from kvrelay.rpc.status import from_grpc
+from kvrelay.transfer.digest import block_digest
 from kvrelay.v1 import handoff_pb2
 from tests.support.builders import prompt
 from tests.support.scripted_model import StepGate, expected_tokens
@@ -14,6 +15,7 @@ from tests.support.workers import (
     BLOCK_SIZE,
     HOLD_LIMITS,
     WAIT_S,
+    asked,
     handoff_stub,
     new_id,
     prefill_session,
@@ -39,6 +41,12 @@ async def pulled(stub, request):
 
 def generations_of(messages) -> list[int]:
     return [b.generation for m in messages if m.HasField("blocks") for b in m.blocks.blocks]
+
+
+def release_request(bench, handoff_id, generations, **changes):
+    return handoff_pb2.ReleaseRequest(
+        **asked(bench, handoff_id, **changes), generations=generations
+    )
 
 
 async def refusal(awaitable):
@@ -74,7 +82,13 @@ async def test_a_prompt_is_announced_block_by_block_and_its_first_token_told(num
     starts = [sum(len(r.blocks) for r in runs[:i]) for i in range(len(runs))]
     assert [run.first_index for run in runs] == starts
     assert sum(len(run.blocks) for run in runs) == messages[0].opened.num_blocks
-    assert messages[-1].complete.first_token_id == first.token_id
+    told = [m.digests for m in messages if m.HasField("digests")]
+    starts = [sum(len(r.digests) for r in told[:i]) for i in range(len(told))]
+    assert [run.first_index for run in told] == starts
+    assert sum(len(run.digests) for run in told) == messages[0].opened.num_blocks
+    assert messages[-1].complete.output_token_ids == [first.token_id]
+    assert messages[-1].complete.num_tokens == num_tokens
+    assert not messages[0].opened.is_running
 
 
 async def test_blocks_are_announced_while_the_prompt_is_still_computed():
@@ -86,15 +100,17 @@ async def test_blocks_are_announced_while_the_prompt_is_still_computed():
         gate.let_one_pass()
         async with handoff_stub(bench) as stub:
             call = stub.Pull(pull_request(bench, fields["handoff_id"]))
-            opened, blocks = await call.read(), await call.read()
+            early = [await call.read()]
+            while sum(len(m.digests.digests) for m in early) < 2:
+                early.append(await call.read())
             gate.open()
             last = await call.read()
-            while last.HasField("blocks"):
+            while not last.HasField("complete"):
                 last = await call.read()
 
-    assert opened.HasField("opened")
-    assert len(blocks.blocks.blocks) == 2
-    assert last.HasField("complete")
+    assert early[0].HasField("opened")
+    assert sum(len(m.blocks.blocks) for m in early) == 2
+    assert last.complete.num_tokens == 20
 
 
 async def test_a_released_hold_gives_its_blocks_back_and_may_be_released_again():
@@ -105,12 +121,7 @@ async def test_a_released_hold_gives_its_blocks_back_and_may_be_released_again()
         await session.one_prefilled()
         async with handoff_stub(bench) as stub:
             messages = await pulled(stub, pull_request(bench, fields["handoff_id"]))
-            release = handoff_pb2.ReleaseRequest(
-                handoff_id=fields["handoff_id"],
-                puller_id="decode",
-                epoch=bench.epoch,
-                generations=generations_of(messages),
-            )
+            release = release_request(bench, fields["handoff_id"], generations_of(messages))
             held_before = bench.num_held_blocks
             answer = await stub.Release(release)
             held_after = bench.num_held_blocks
@@ -162,14 +173,7 @@ async def test_a_lapsed_hold_refuses_its_release():
             await session.cancel(fields["request_id"])
             await until(lambda: bench.engine.is_idle)
             code, error = await refusal(
-                stub.Release(
-                    handoff_pb2.ReleaseRequest(
-                        handoff_id=fields["handoff_id"],
-                        puller_id="decode",
-                        epoch=bench.epoch,
-                        generations=generations_of(messages),
-                    )
-                )
+                stub.Release(release_request(bench, fields["handoff_id"], generations_of(messages)))
             )
 
     assert code is grpc.StatusCode.NOT_FOUND
@@ -186,14 +190,7 @@ async def test_wrong_generations_are_refused_and_the_hold_stays():
             messages = await pulled(stub, pull_request(bench, fields["handoff_id"]))
             wrong = [generation + 1 for generation in generations_of(messages)]
             code, error = await refusal(
-                stub.Release(
-                    handoff_pb2.ReleaseRequest(
-                        handoff_id=fields["handoff_id"],
-                        puller_id="decode",
-                        epoch=bench.epoch,
-                        generations=wrong,
-                    )
-                )
+                stub.Release(release_request(bench, fields["handoff_id"], wrong))
             )
 
         assert (code, error.reason) == (grpc.StatusCode.NOT_FOUND, "HANDOFF_LOST")
@@ -284,17 +281,21 @@ async def test_read_streams_the_bytes_of_announced_blocks_only():
         await session.submit(**fields)
         await session.one_prefilled()
         messages = await pulled(stub, pull_request(bench, fields["handoff_id"]))
-        read = handoff_pb2.ReadRequest(
-            handoff_id=fields["handoff_id"], puller_id="decode", epoch=bench.epoch, indexes=[2, 0]
-        )
+        read = handoff_pb2.ReadRequest(**asked(bench, fields["handoff_id"]), indexes=[2, 0])
         frames = [frame async for frame in stub.Read(read)]
-        ids = [b.block_id for m in messages if m.HasField("blocks") for b in m.blocks.blocks]
-        held = [bytes(bench.cache.block_bytes(ids[i])) for i in (2, 0)]
+        offsets = [
+            b.offset_bytes for m in messages if m.HasField("blocks") for b in m.blocks.blocks
+        ]
+        size = bench.cache.layout.block_num_bytes
+        held = [bytes(bench.cache.range_bytes(offsets[i], size)) for i in (2, 0)]
+        every = [bytes(bench.cache.range_bytes(offset, size)) for offset in offsets]
+        digests = [d for m in messages if m.HasField("digests") for d in m.digests.digests]
         read.indexes[:] = [3]
         code, _ = await refusal(_drain(stub.Read(read)))
 
     assert [frame.data for frame in frames] == held
     assert [frame.index for frame in frames] == [2, 0]
+    assert digests == [block_digest(memoryview(block)) for block in every]
     assert code is grpc.StatusCode.INVALID_ARGUMENT
 
 

@@ -3,12 +3,14 @@
 import asyncio
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvrelay.clock import MonotonicClock
 from kvrelay.errors import HandoffLost, KvCorrupt, PeerUnavailable
-from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
-from kvrelay.transfer.stream import FRAME_NUM_BYTES, StreamTransport, read_frames
+from kvrelay.transfer.frames import FRAME_NUM_BYTES, data_of, frames_of
+from kvrelay.transfer.stream import StreamTransport
 from kvrelay.v1 import handoff_pb2
 from tests.support.kv_peer import SMALL, copies_of, open_peer
 
@@ -36,11 +38,13 @@ def frame(index: int, offset: int, num_bytes: int) -> handoff_pb2.ReadResponse:
         [frame(3, 0, 0)],
         [frame(3, 0, SIZE), frame(4, 0, SIZE), frame(5, 0, SIZE)],
         [frame(3, 0, FRAME_NUM_BYTES + 1)],
+        [b"\xff" * 40],
+        [frame(3, 0, SIZE).SerializeToString()[:-1]],
     ],
     ids=[
         "none", "one-block-of-two", "cut-in-a-block", "other-order", "repeated", "unasked",
         "starts-late", "gap", "overlap", "too-long", "too-long-in-two", "empty-frame",
-        "more-than-asked", "too-large-a-frame",
+        "more-than-asked", "too-large-a-frame", "no-message", "cut-message",
     ],
 )  # fmt: skip
 async def test_frames_other_than_asked_for_are_corrupt(frames):
@@ -79,13 +83,15 @@ async def test_a_pull_of_more_blocks_than_one_read_may_name_is_split():
         open_peer("stream", layout=tiny, num_blocks=5000) as holder,
         open_peer("stream", layout=tiny, num_blocks=5000, seed=2, worker_id="d") as puller,
     ):
-        await puller.transport.pull(holder.hold(), copies_of([(i, 4999 - i) for i in range(5000)]))
+        await puller.transport.pull(
+            holder.hold(), copies_of([(i, 4999 - i) for i in range(5000)], tiny)
+        )
         assert all(puller.block(4999 - i) == holder.block(i) for i in range(5000))
 
 
 async def test_idle_channels_are_bounded():
     """A puller that met many holders keeps connections to the last few."""
-    transport = StreamTransport(worker_id="d", clock=MonotonicClock(), max_channels=1)
+    transport = StreamTransport(worker_id="d", epoch="e", clock=MonotonicClock(), max_channels=1)
     async with (
         open_peer("stream", worker_id="a", seed=1) as a,
         open_peer("stream", worker_id="b", seed=2) as b,
@@ -109,12 +115,21 @@ async def test_a_server_that_stops_midway_is_unavailable():
             await pulling
 
 
-def test_frames_cover_a_block_without_gaps():
-    """Each at most 1 MiB, in order, together the block."""
-    layout = KvLayout(num_layers=5, block_size=16, num_kv_heads=4, head_dim=512, dtype="float32")
-    cache = KvCache(layout, 2, shareable=False)
-    cache.tensor.normal_()
-    frames = list(read_frames(cache, 1))
-    assert [offset for offset, _ in frames] == [0, 1 << 20]
-    assert b"".join(data for _, data in frames) == bytes(cache.block_bytes(1))
-    cache.close()
+@given(st.integers(0, 1 << 32), st.integers(0, 3), st.integers(0, 3), st.integers(1, 40))
+def test_frames_are_the_messages_that_protobuf_writes(index, num_frames, cut, num_bytes):
+    """Byte for byte, so nobody can tell how they were made; and each is known by what is due."""
+    index &= (1 << 32) - 1
+    block = memoryview(bytes(range(256)) * (num_frames << 12) + b"z" * (num_bytes << cut))
+    offset = 0
+    for sent in frames_of(index, block):
+        due = block[offset : offset + FRAME_NUM_BYTES]
+        message = handoff_pb2.ReadResponse(index=index, offset_bytes=offset, data=bytes(due))
+        assert sent == message.SerializeToString()
+        left = len(block) - offset
+        assert data_of(sent, index=index, offset=offset, left_num_bytes=left) == due
+        for other in ((index + 1, offset, left), (index, offset + 1, left), (index, offset, 1)):
+            is_due = other == (index, offset, left)
+            found = data_of(sent, index=other[0], offset=other[1], left_num_bytes=other[2])
+            assert (found is not None) == is_due
+        offset += len(due)
+    assert offset == len(block)

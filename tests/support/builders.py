@@ -10,6 +10,7 @@ from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import (
     ChunkDone,
     EngineRequest,
+    Frozen,
     Goal,
     Granted,
     Origin,
@@ -41,6 +42,7 @@ def request(
     goal: Goal = Goal.FINISH,
     stop_token_ids: frozenset[int] = frozenset(),
     salt: bytes = b"",
+    landing_tokens: int = 0,
 ) -> EngineRequest:
     return EngineRequest(
         seq_id=seq_id,
@@ -51,6 +53,7 @@ def request(
         origin=origin,
         goal=goal,
         cache_salt=salt,
+        landing_tokens=landing_tokens,
     )
 
 
@@ -81,7 +84,7 @@ def step(sched: Scheduler, model: ScriptedModel) -> tuple[StepPlan, StepOutcome]
     """Plan, compute and commit one step; an empty plan is not computed."""
     plan = sched.plan()
     if not plan.rows:
-        return plan, StepOutcome(emitted=(), chunks=())
+        return plan, StepOutcome(emitted=(), chunks=(), frozen=())
     return plan, sched.commit(model.step(plan.rows))
 
 
@@ -96,6 +99,8 @@ class Recorder:
         self.finishes: dict[str, FinishReason] = {}
         self.grants: dict[str, Granted] = {}
         self.chunks: dict[str, list[ChunkDone]] = {}
+        self.frozen: dict[str, Frozen] = {}
+        self.withdrawn: list[str] = []
         self.timings: dict[str, SequenceTiming] = {}
         self.failure: BaseException | None = None
         self._next_positions: dict[str, int] = {}
@@ -115,6 +120,8 @@ class Recorder:
             self.grants.update({granted.seq_id: granted for granted in result.granted})
             for chunk in result.chunks:
                 self.chunks.setdefault(chunk.seq_id, []).append(chunk)
+            self.frozen.update({each.done.seq_id: each for each in result.frozen})
+            self.withdrawn += result.withdrawn
             for timing in result.timings:
                 assert timing.seq_id not in self.timings, "timed twice"
                 self.timings[timing.seq_id] = timing
@@ -133,6 +140,10 @@ class Recorder:
 
     def wait_tokens(self, seq_id: str, num_tokens: int, timeout_s: float = 20.0) -> None:
         self._wait(lambda: len(self.tokens.get(seq_id, ())) >= num_tokens, timeout_s)
+
+    def wait_frozen(self, seq_id: str, timeout_s: float = 20.0) -> Frozen:
+        self._wait(lambda: seq_id in self.frozen, timeout_s)
+        return self.frozen[seq_id]
 
     def wait_failed(self, timeout_s: float = 20.0) -> None:
         with self._changed:

@@ -1,6 +1,6 @@
 """Workers with scripted devices that pull from each other, all within one process.
 
-The transports are the real ones; CUDA and NCCL behind them, and the RPCs between them, are scripted.
+The transports are the real ones. CUDA and NCCL behind them are scripted, and so are the RPCs.
 """
 
 import asyncio
@@ -25,9 +25,12 @@ from tests.support.scripted_nccl import ScriptedFabric, ScriptedNccl
 SMALL = KvLayout(num_layers=2, block_size=16, num_kv_heads=2, head_dim=8, dtype="float32")
 
 SHORT = LinkLimits(
-    open_timeout_s=0.3, transfer_timeout_s=0.3, quiesce_timeout_s=0.3, check_interval_s=0.01
+    open_timeout_s=5.0, transfer_timeout_s=0.3, quiesce_timeout_s=0.6, check_interval_s=0.01
 )
-"""For tests in which something takes too long."""
+"""For tests in which a transfer takes too long."""
+
+HASTY = LinkLimits(open_timeout_s=0.3)
+"""For tests in which opening does."""
 
 LONG = LinkLimits(check_interval_s=0.01)
 

@@ -100,7 +100,14 @@ class _Passage:
 
     method: str
     handoff_id: str = ""
+    is_answered: bool = False
     broken: asyncio.Event = field(default_factory=asyncio.Event)
+    answering: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while an answer is written: nothing else may be said meanwhile."""
+
+    @property
+    def is_unary(self) -> bool:
+        return self.method.rpartition("/")[2] in ("Release", "Freeze")
 
 
 class HandoffProxy:
@@ -179,8 +186,10 @@ class HandoffProxy:
             if not down.done():
                 raise Cut
             down.result()
-            await self._end(call, context)
+            await self._end(passage, call, context)
         except Cut:
+            async with passage.answering:
+                down.cancel()
             await context.abort(grpc.StatusCode.UNAVAILABLE, "connection lost")
         finally:
             self._passages.discard(passage)
@@ -204,10 +213,17 @@ class HandoffProxy:
     async def _down(
         self, passage: _Passage, call: grpc.aio.StreamStreamCall, context: grpc.aio.ServicerContext
     ) -> None:
+        async def answer(message: bytes) -> None:
+            async with passage.answering:
+                await context.write(message)
+                passage.is_answered = True
+
         try:
-            await context.send_initial_metadata(_passed(await call.initial_metadata()))
+            metadata = _passed(await call.initial_metadata())
+            async with passage.answering:
+                await context.send_initial_metadata(metadata)
             async for message in call:
-                await self._pass(passage, message, context.write, is_request=False)
+                await self._pass(passage, message, answer, is_request=False)
         except grpc.aio.AioRpcError:
             return  # told by `_end`
 
@@ -227,12 +243,15 @@ class HandoffProxy:
         await forward(message)
 
     async def _end(
-        self, call: grpc.aio.StreamStreamCall, context: grpc.aio.ServicerContext
+        self, passage: _Passage, call: grpc.aio.StreamStreamCall, context: grpc.aio.ServicerContext
     ) -> None:
         await self._flowing.wait()
         trailing, code = _passed(await call.trailing_metadata()), await call.code()
         if code is not grpc.StatusCode.OK:
             await context.abort(code, await call.details(), trailing)
+        if passage.is_unary and not passage.is_answered:
+            await passage.broken.wait()  # a lost answer is one that never comes
+            raise Cut
         context.set_trailing_metadata(trailing)
 
     def _channel(self) -> grpc.aio.Channel:
@@ -341,7 +360,7 @@ _KINDS = {
     ("Pull", True): (handoff_pb2.PullRequest, _is("pull_asked")),
     ("Pull", False): (
         handoff_pb2.PullResponse,
-        lambda message: frozenset({message.WhichOneof("event")}),
+        lambda message: frozenset(field.name for field, _ in message.ListFields()),
     ),
     ("Read", True): (handoff_pb2.ReadRequest, _is("read_asked")),
     ("Read", False): (handoff_pb2.ReadResponse, _is("frame")),

@@ -18,8 +18,9 @@ from kvrelay.kv.layout import KvLayout
 from kvrelay.rpc import status
 from kvrelay.transfer import nixl
 from kvrelay.transfer.base import BlockCopy, KvTransport, RemoteHold
+from kvrelay.transfer.frames import frames_of
 from kvrelay.transfer.shm import ShmTransport
-from kvrelay.transfer.stream import StreamTransport, read_frames
+from kvrelay.transfer.stream import StreamTransport, add_to_server
 from kvrelay.types import TransportOffer
 from kvrelay.v1 import handoff_pb2, handoff_pb2_grpc
 
@@ -44,7 +45,7 @@ def make_transport(kind: str, *, worker_id: str, epoch: str) -> KvTransport:
     if kind == "nixl":
         return nixl.NixlTransport(worker_id=worker_id, epoch=epoch, clock=clock)
     assert kind == "stream", kind
-    return StreamTransport(worker_id=worker_id, clock=clock)
+    return StreamTransport(worker_id=worker_id, epoch=epoch, clock=clock)
 
 
 def fill(cache: KvCache, seed: int) -> None:
@@ -80,13 +81,13 @@ class ScriptedReads(handoff_pb2_grpc.HandoffServiceServicer):
         self.stall_at = -1
         self.stalled = asyncio.Event()
         self.go_on = asyncio.Event()
-        self.frames: Sequence[handoff_pb2.ReadResponse] | None = None
+        self.frames: Sequence[handoff_pb2.ReadResponse | bytes] | None = None
         self._cache = cache
         self._epoch = epoch
 
     async def Read(
         self, request: handoff_pb2.ReadRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[handoff_pb2.ReadResponse]:
+    ) -> AsyncIterator[handoff_pb2.ReadResponse | bytes]:
         if request.epoch != self._epoch or self.lapsed:
             await context.abort_with_status(status.to_grpc(HandoffLost("no such hold")))
         frames = self._frames(request) if self.frames is None else self.frames
@@ -96,10 +97,14 @@ class ScriptedReads(handoff_pb2_grpc.HandoffServiceServicer):
                 await self.go_on.wait()
             yield frame
 
-    def _frames(self, request: handoff_pb2.ReadRequest) -> Iterator[handoff_pb2.ReadResponse]:
+    async def Release(
+        self, request: handoff_pb2.ReleaseRequest, context: grpc.aio.ServicerContext
+    ) -> handoff_pb2.ReleaseResponse:
+        return handoff_pb2.ReleaseResponse()
+
+    def _frames(self, request: handoff_pb2.ReadRequest) -> Iterator[bytes]:
         for index in request.indexes:
-            for offset, data in read_frames(self._cache.block_bytes(index)):
-                yield handoff_pb2.ReadResponse(index=index, offset_bytes=offset, data=data)
+            yield from frames_of(index, self._cache.block_bytes(index))
 
 
 @dataclass
@@ -150,7 +155,7 @@ async def open_peer(
     if kind == "stream":
         peer.reads = ScriptedReads(cache, epoch=epoch)
         server = grpc.aio.server()
-        handoff_pb2_grpc.add_HandoffServiceServicer_to_server(peer.reads, server)
+        add_to_server(peer.reads, server)
         peer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
     try:

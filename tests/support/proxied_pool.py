@@ -41,6 +41,7 @@ HOLD_LIMITS = HoldLimits(hold_s=0.4, unclaimed_hold_s=0.4, max_expected=64, max_
 """Short: what nobody comes for is found out while a test waits."""
 
 RELEASE_TIMEOUT_S = 0.4
+STOPPED_S = 0.25
 ASK_TIMEOUT_S = 8.0
 
 
@@ -128,11 +129,23 @@ class Node:
         await self.die()
         await self.start()
 
-    async def stop_for(self, stopped_s: float) -> None:
-        """Stand still, and go on."""
+    async def stop(self) -> None:
+        """Stand still from now on, and go on a little later."""
         self.proxy.stop()
-        await asyncio.sleep(stopped_s)
-        self.proxy.resume()
+        asyncio.get_running_loop().call_later(STOPPED_S, self.proxy.resume)
+
+    async def lapse(self) -> None:
+        """Give up whatever is held here, as if its time had come."""
+        assert self.bench is not None
+        for hold in list(self.bench.keeper.holds._holds.values()):
+            self.bench.keeper.lapse(hold)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a handoff or a sequence is under way here."""
+        assert self.bench is not None
+        load = self.bench.service.load()
+        return load.handoff_holds + load.running_sequences + load.waiting_sequences > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +167,11 @@ class ProxiedPool:
 
     def of(self, role: Role) -> list[Node]:
         return [node for node in self.nodes if node.role is role]
+
+    def busy(self, role: Role) -> Node:
+        """A worker that has to do with a request, if there is one."""
+        nodes = self.of(role)
+        return next((node for node in nodes if node.is_busy), nodes[0])
 
     def at(
         self, step: str, act_of: Callable[[Node], Act], *, which: int = 0, only: str = ""
@@ -228,7 +246,9 @@ async def proxied_pool(
 ) -> AsyncIterator[ProxiedPool]:
     """Workers that have joined, and at the end: none failed, and every block is given back."""
     async with contextlib.AsyncExitStack() as stack:
-        coordinator = await stack.enter_async_context(scripted_coordinator(suspect_after_s=1.0))
+        coordinator = await stack.enter_async_context(
+            scripted_coordinator(suspect_after_s=1.0, queue_limit_s=5.0)
+        )
         pool = ProxiedPool(coordinator, [])
         names = [(Role.PREFILL, f"p{i}") for i in range(num_prefill)]
         names += [(Role.DECODE, f"d{i}") for i in range(num_decode)]

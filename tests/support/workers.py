@@ -36,6 +36,7 @@ from kvrelay.rpc.channel import open_channel
 from kvrelay.rpc.channels import Channels
 from kvrelay.rpc.server import RpcServer, Service
 from kvrelay.rpc.submit import ModelBounds
+from kvrelay.transfer import stream
 from kvrelay.transfer.build import TransportBuilder, Transports
 from kvrelay.transfer.speeds import LinkSpeeds
 from kvrelay.transfer.wire_choice import WireDtype
@@ -71,6 +72,7 @@ PULLER_ID, PULLER_EPOCH = "decode", "d" * 16
 LANDING_NUM_BYTES = 1 << 20
 
 _SLOT = struct.Struct("<qqqq")
+_HALF = _SLOT.size // 2
 _ids = itertools.count(1)
 
 
@@ -80,24 +82,32 @@ def new_id() -> str:
 
 
 class CacheSlots:
-    """The scripted model's slots, kept in the bytes of a cache."""
+    """The scripted model's slots, kept in the bytes of a cache, where a token's KV would be: half
+    of each in the first layer's K and half in its V. So they go where KV goes when blocks are cut.
+    """
 
     def __init__(self, cache: KvCache) -> None:
-        assert cache.layout.block_num_bytes >= cache.layout.block_size * _SLOT.size
+        layout = cache.layout
+        self._row_num_bytes = layout.values_num_bytes // (layout.num_layers * 2 * layout.block_size)
+        assert self._row_num_bytes >= _HALF
         self._cache = cache
 
     def __setitem__(self, place: tuple[int, int], slot: Slot) -> None:
-        block, i = place
-        packed = (slot.position + 1, slot.token_id, slot.path is Path.PROMPT, slot.digest)
-        _SLOT.pack_into(self._cache.block_bytes(block), i * _SLOT.size, *packed)
+        packed = _SLOT.pack(slot.position + 1, slot.token_id, slot.path is Path.PROMPT, slot.digest)
+        k, v = self._halves(place)
+        k[:], v[:] = packed[:_HALF], packed[_HALF:]
 
     def get(self, place: tuple[int, int]) -> Slot | None:
-        block, i = place
-        view = self._cache.block_bytes(block)
-        position, token_id, is_prompt, digest = _SLOT.unpack_from(view, i * _SLOT.size)
+        position, token_id, is_prompt, digest = _SLOT.unpack(b"".join(self._halves(place)))
         if position == 0:
             return None
         return Slot(position - 1, token_id, Path.PROMPT if is_prompt else Path.GENERATION, digest)
+
+    def _halves(self, place: tuple[int, int]) -> tuple[memoryview, memoryview]:
+        block, i = place
+        view, size = self._cache.block_bytes(block), self._row_num_bytes
+        k, v = i * size, (self._cache.layout.block_size + i) * size
+        return view[k : k + _HALF], view[v : v + _HALF]
 
 
 def scripted(cache: KvCache, gate: StepGate | None = None) -> ScriptedModel:
@@ -265,7 +275,7 @@ def _keeping(
         fingerprint=fingerprint,
     )
     service = Service(
-        handoff_pb2_grpc.add_HandoffServiceServicer_to_server,
+        stream.add_to_server,
         handoffs,
         "kvrelay.v1.HandoffService",
     )

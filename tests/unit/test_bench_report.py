@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from kvrelay.bench import machine, plot, report
-from kvrelay.bench.base import Record, Served
+from kvrelay.bench.base import Handoff, Record, Served
 from kvrelay.bench.plan import DEFAULT_REQUESTS, Plan, Run
 from kvrelay.bench.stats import Targets, total
 from kvrelay.bench.workload import Item, Shape, parse_mix
@@ -34,7 +34,7 @@ def plan(**given):
     return Plan(**(fields | given))
 
 
-def record(index=0, *, scheduled_s=0.0, sent_s=0.0, error="", output_tokens=3):
+def record(index=0, *, scheduled_s=0.0, sent_s=0.0, error="", output_tokens=3, handoff=None):
     return Record(
         index=index,
         scheduled_s=scheduled_s,
@@ -45,7 +45,17 @@ def record(index=0, *, scheduled_s=0.0, sent_s=0.0, error="", output_tokens=3):
         token_at_s=(0.5, 0.6, 0.65),
         output_tokens=output_tokens,
         error=error,
+        handoff=handoff,
     )
+
+
+HANDED = Handoff(
+    tax_s=0.03,
+    stages={"pull_wait": 0.01, "transfer": 0.02},
+    transport="shm",
+    num_bytes=4_000_000,
+    overlapped_num_bytes=3_000_000,
+)
 
 
 def run(*records, rate=2.0, cpu=0.1):
@@ -89,6 +99,18 @@ def test_each_measure_is_a_row_of_percentiles():
     assert [row[0] for row in rows] == ["TTFT", "gap 1", "ITL", "TPOT", "max stall", "E2E"]
     assert ("TTFT", *["500 ms"] * 4) in rows
     assert {len(row) for row in rows} == {len(report.HEADINGS)}
+
+
+def test_the_handoff_tax_is_told_in_all_its_units():
+    """As time, against TTFT and in decode steps; with what moved and where its time went."""
+    handed = run(record(handoff=HANDED))
+
+    assert ("handoff tax", *["30.0 ms"] * 4) in report.rows(handed.totals)
+    assert ("  of TTFT", *["6.0%"] * 4) in report.rows(handed.totals)
+    assert ("  in steps", *["0.40"] * 4) in report.rows(handed.totals)
+    facts = report.facts(handed, TARGETS)
+    assert "handoffs by transport: shm 1; 4.0 MB of KV moved, 75% of it while prefilling" in facts
+    assert "gap 1 by stage, p50: pull_wait 10.0 ms, transfer 20.0 ms" in facts
 
 
 def test_an_honest_run_has_no_warning():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrelay.bench.base import Record
+from kvrelay.bench.base import Handoff, Record
 from kvrelay.bench.stats import Targets, percentile, summarize, total
 
 TARGETS = Targets(ttft_s=1.0, tpot_s=0.1)
@@ -49,6 +49,41 @@ def test_short_outputs_leave_open_what_they_cannot_show():
     assert (none.ttft_s, none.tpot_s, none.gaps_s) == (None, None, [])
     assert (one.ttft_s, one.gap1_s, one.tpot_s) == (1.0, None, None)
     assert (two.gap1_s, two.tpot_s, two.max_stall_s) == (1.0, 1.0, None)
+
+
+def test_a_handoff_is_told_as_time_as_a_share_of_ttft_and_in_steps():
+    """A decode step is as long as the request's tokens took on average."""
+    handed = Handoff(tax_s=0.05, stages={}, transport="shm", num_bytes=8, overlapped_num_bytes=6)
+    r = record(1.0, 1.2, 1.3, handoff=handed)
+
+    assert (r.handoff_tax_s, r.handoff_tax_of_ttft) == (0.05, 0.05)
+    assert r.handoff_tax_steps == pytest.approx(0.05 / 0.15)
+    local = record(1.0, 1.2)
+    assert (local.handoff_tax_s, local.handoff_tax_of_ttft, local.handoff_tax_steps) == (None,) * 3
+
+
+def test_handoffs_are_summed_up_by_what_moved_them():
+    """With the share of the bytes that cost the caller nothing, and where the rest of it went."""
+    handed = [
+        Handoff(
+            tax_s=0.1,
+            stages={"pull_wait": 0.01 * i, "transfer": 0.02},
+            transport="shm" if i else "stream",
+            num_bytes=100,
+            overlapped_num_bytes=30 * i,
+        )
+        for i in range(3)
+    ]
+    records = [record(1.0, 2.0, 3.0, handoff=h) for h in handed]
+    found = total([*records, record(1.0)], TARGETS, is_open_loop=False).handoffs
+
+    assert found.by_transport == {"shm": 2, "stream": 1}
+    assert (found.num_bytes, found.overlapped_share) == (300, 0.3)
+    assert {name: s.p50 for name, s in found.stages.items()} == {
+        "pull_wait": 0.01,
+        "transfer": 0.02,
+    }
+    assert total([record(1.0)], TARGETS, is_open_loop=False).handoffs is None
 
 
 def test_tpot_counts_the_tokens_that_the_server_counted():

@@ -33,7 +33,7 @@ LEDGER = Ledger(
     prompt_tokens=5,
     completion_tokens=9,
     cached_prompt_tokens=0,
-    move_gaps_s=(),
+    move_gaps_s=(0.0425,),
 )
 
 
@@ -64,7 +64,7 @@ def test_everything_that_explains_a_request_is_said():
     """
     text = "\n".join(drawn(LEDGER))
 
-    for part in ("prefill-0 → decode-1", "2.00 MB by shm", "10.0 ms"):
+    for part in ("prefill-0 → decode-1", "2.00 MB by shm", "10.0 ms", "gaps of 42.5 ms"):
         assert part in text
     assert "PEER_UNAVAILABLE" in text
 

@@ -4,12 +4,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvrelay.transfer.digest import HANDOFF_DIGEST_NUM_BYTES, block_digest, handoff_digest
+from kvrelay.kernels.digest import lanes64
+from kvrelay.kv.cache import KvCache
+from kvrelay.kv.layout import KvLayout
+from kvrelay.transfer.digest import (
+    HANDOFF_DIGEST_NUM_BYTES,
+    DigestKind,
+    block_digest,
+    handoff_digest,
+    range_digests,
+)
 
 SAME = {
     "handoff_id": "h-1",
     "num_tokens": 3,
-    "first_token_id": 7,
+    "output_ids": (7,),
     "prompt_ids": (1, 2, 3),
     "block_digests": (10, 20),
 }
@@ -31,7 +40,7 @@ def test_one_flipped_bit_changes_a_block_digest(data, where, bit):
 def test_a_handoff_digest_is_known():
     """P and D of different builds compute the same 128 bits."""
     digest = handoff_digest(**SAME)
-    assert digest.hex() == "c5461276d1edffa9467f50c7b2e83e6b"
+    assert digest.hex() == "0e59f5f0dde81c9ee27bacd35a8bf3a3"
     assert len(digest) == HANDOFF_DIGEST_NUM_BYTES
 
 
@@ -40,7 +49,9 @@ def test_a_handoff_digest_is_known():
     [
         {"handoff_id": "h-2"},
         {"num_tokens": 4},
-        {"first_token_id": 8},
+        {"output_ids": (8,)},
+        {"output_ids": (7, 8)},
+        {"output_ids": ()},
         {"prompt_ids": (1, 3, 2)},
         {"prompt_ids": (1, 2, 3, 0)},
         {"prompt_ids": ()},
@@ -54,17 +65,25 @@ def test_every_part_is_bound(change):
     assert handoff_digest(**SAME | change) != handoff_digest(**SAME)
 
 
-@given(
-    st.lists(st.integers(0, 3), max_size=6),
-    st.lists(st.integers(0, 3), max_size=3),
-    st.lists(st.integers(0, 3), max_size=6),
-    st.lists(st.integers(0, 3), max_size=3),
-)
-def test_parts_cannot_flow_into_each_other(ids, digests, other_ids, other_digests):
-    """Two handoffs have one digest only if prompt and blocks are both equal."""
-    one = handoff_digest(**SAME | {"prompt_ids": ids, "block_digests": digests})
-    other = handoff_digest(**SAME | {"prompt_ids": other_ids, "block_digests": other_digests})
-    assert (one == other) == ((ids, digests) == (other_ids, other_digests))
+PARTS = st.tuples(*[st.lists(st.integers(0, 3), max_size=4)] * 3)
+
+
+@given(PARTS, PARTS)
+def test_parts_cannot_flow_into_each_other(one, other):
+    """Two handoffs have one digest only if prompt, outputs and blocks are all equal."""
+
+    def digest(parts):
+        return handoff_digest(**SAME | dict(zip(names, parts, strict=True)))
+
+    names = ("prompt_ids", "output_ids", "block_digests")
+    assert (digest(one) == digest(other)) == (one == other)
+
+
+def test_a_token_that_becomes_generated_changes_the_digest():
+    """Prompt and outputs are computed by different paths, so their border is bound, too."""
+    assert handoff_digest(**SAME | {"prompt_ids": (1, 2), "output_ids": (3, 7)}) != handoff_digest(
+        **SAME
+    )
 
 
 def test_the_largest_ids_and_digests_fit():
@@ -72,3 +91,19 @@ def test_the_largest_ids_and_digests_fit():
     largest = handoff_digest(**SAME | {"prompt_ids": (2**32 - 1,), "block_digests": (2**64 - 1,)})
     smaller = handoff_digest(**SAME | {"prompt_ids": (2**32 - 1,), "block_digests": (2**64 - 2,)})
     assert largest != smaller
+
+
+@pytest.mark.parametrize("kind", list(DigestKind))
+def test_ranges_of_a_cache_are_digested_where_they_lie(kind):
+    """Blocks and what is staged behind them, in the order asked for, by either kind."""
+    layout = KvLayout(num_layers=1, block_size=4, num_kv_heads=1, head_dim=8, dtype="bfloat16")
+    cache = KvCache(layout, 2, shareable=False, staging_num_bytes=64)
+    cache.bytes[:] = [i * 37 % 251 for i in range(cache.num_bytes)]
+    ranges = [(cache.staging_offset + 16, 48), (0, layout.block_num_bytes), (16, 0)]
+    alone = {DigestKind.XXH3: lambda part: block_digest(part.data), DigestKind.LANES64: lanes64}
+
+    digests = range_digests(cache, ranges, kind)
+
+    assert digests == [alone[kind](cache.bytes[at : at + size]) for at, size in ranges]
+    assert len(set(digests)) == 3
+    cache.close()

@@ -5,12 +5,17 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvrelay.errors import ServingError
+from kvrelay.handoff.holds import AnnouncedBlock, HoldLimits, Holds, HoldState, PullTerms
 from kvrelay.types import BlockId
-from prefill_svc.holds import AnnouncedBlock, HoldLimits, Holds, HoldState
 
 BLOCK_SIZE = 4
 NAMES = st.sampled_from(["a", "b", "c", "d"])
 PULLERS = st.sampled_from(["p", "p", "p", "thief"])
+MOST_TOKENS = 40
+
+
+def terms(limit_tokens):
+    return PullTerms(wire_dtype="auto", digest_kind="xxh3", limit_tokens=limit_tokens)
 
 
 class HoldsMachine(RuleBasedStateMachine):
@@ -33,16 +38,32 @@ class HoldsMachine(RuleBasedStateMachine):
         for block in hold.block_table:
             self.generation[block] += 1
 
-    @rule(name=NAMES, num_tokens=st.integers(1, 14))
-    def begin(self, name, num_tokens):
+    @rule(name=NAMES, num_tokens=st.integers(1, 14), is_running=st.booleans())
+    def begin(self, name, num_tokens, is_running):
         try:
             hold = self.holds.begin(
-                name, puller_id="p", seq_id=name, prompt_ids=tuple(range(num_tokens))
+                name,
+                puller_id="p",
+                seq_id=name,
+                prompt_ids=tuple(range(num_tokens)),
+                is_running=is_running,
             )
         except ServingError:
             return
         assert hold not in self.kept
         self.kept[hold] = 0
+        if is_running:
+            self.advance(hold, num_tokens)
+
+    def advance(self, hold, num_computed):
+        """The engine computed so far. Blocks of one name are never those of another."""
+        self.kept[hold] = num_computed
+        num_blocks = -(-MOST_TOKENS // BLOCK_SIZE) if hold.is_running else hold.num_blocks
+        offset = 16 * "abcd".index(hold.handoff_id)
+        table = tuple(BlockId(offset + i) for i in range(num_blocks))
+        for block in table:
+            self.generation.setdefault(block, 0)
+        self.holds.advance(hold, table, num_computed)
 
     @precondition(lambda self: self.kept)
     @rule(data=st.data())
@@ -50,15 +71,11 @@ class HoldsMachine(RuleBasedStateMachine):
         hold = data.draw(st.sampled_from(list(self.kept)))
         if hold.state is not HoldState.COMPUTING:
             return
-        self.kept[hold] = data.draw(st.integers(self.kept[hold], hold.num_tokens))
-        offset = 16 * "abcd".index(hold.handoff_id)
-        table = tuple(BlockId(offset + i) for i in range(hold.num_blocks))
-        for block in table:
-            self.generation.setdefault(block, 0)
-        self.holds.advance(hold, table, self.kept[hold])
+        most = MOST_TOKENS if hold.is_running else hold.num_tokens
+        self.advance(hold, data.draw(st.integers(self.kept[hold], most)))
         if self.kept[hold] == hold.num_tokens:
             if data.draw(st.booleans()):
-                self.holds.complete(hold, 1, self.now_s)
+                self.holds.complete(hold, (1,), self.now_s)
             elif data.draw(st.booleans()):
                 self.holds.finish(hold)
                 self.give_back(hold)
@@ -70,15 +87,23 @@ class HoldsMachine(RuleBasedStateMachine):
         blocks = hold.ready_unannounced
         if blocks:
             self.holds.announce(
-                hold, [AnnouncedBlock(block, self.generation[block], 0) for block in blocks]
+                hold, [AnnouncedBlock(block, self.generation[block]) for block in blocks]
             )
 
-    @rule(name=NAMES, puller=PULLERS)
-    def connect(self, name, puller):
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def digest(self, data):
+        hold = data.draw(st.sampled_from(list(self.kept)))
+        num_digests = data.draw(st.integers(0, len(hold.undigested)))
+        self.holds.digested(hold, [0] * num_digests)
+
+    @rule(name=NAMES, puller=PULLERS, limit_tokens=st.sampled_from([0, 0, 0, 9]))
+    def connect(self, name, puller, limit_tokens):
         try:
-            hold = self.holds.connect(name, puller, self.now_s)
+            hold = self.holds.connect(name, puller, terms(limit_tokens), self.now_s)
         except ServingError:
             return
+        assert hold.terms == terms(limit_tokens)
         assert puller == "p" or hold.state is HoldState.EXPECTED
         self.pulls.append(hold)
 
@@ -95,7 +120,10 @@ class HoldsMachine(RuleBasedStateMachine):
         told = data.draw(st.sampled_from([told, [*told, 0], told[:-1]]))
         try:
             hold = self.holds.release(
-                name, puller, generations=told, current=self.generation.__getitem__
+                name,
+                puller,
+                generations=told,
+                current=lambda blocks: [self.generation[block] for block in blocks],
             )
         except ServingError:
             return
@@ -104,6 +132,7 @@ class HoldsMachine(RuleBasedStateMachine):
             return
         assert hold in self.kept, "a hold that had ended was granted"
         assert told == [self.generation[block] for block in hold.block_table]
+        assert len(told) == -(-self.kept[hold] // BLOCK_SIZE), "more was computed"
         self.num_granted += 1
         self.give_back(hold)
 

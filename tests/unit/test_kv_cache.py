@@ -25,7 +25,8 @@ def test_a_cache_has_the_layouts_shape_and_starts_as_zeros(shareable: bool) -> N
     cache = KvCache(LAYOUT, 5, shareable=shareable)
     assert cache.tensor.shape == (5, 2, 2, 4, 3, 8)
     assert cache.tensor.dtype == torch.bfloat16
-    assert cache.num_bytes == 5 * LAYOUT.block_num_bytes == cache.tensor.nbytes
+    assert cache.staging_offset == 5 * LAYOUT.block_num_bytes == cache.tensor.nbytes
+    assert cache.num_bytes == len(cache.bytes) >= cache.staging_offset
     assert not cache.tensor.any()
     assert (cache.fd is not None) == shareable
     cache.close()
@@ -94,11 +95,12 @@ def test_staging_lies_behind_the_blocks_in_the_same_memory() -> None:
     """So whoever maps the blocks has it, too."""
     cache = KvCache(LAYOUT, 2, shareable=True, staging_num_bytes=100)
     assert cache.staging_offset == 2 * LAYOUT.block_num_bytes
-    assert cache.num_bytes == cache.staging_offset + 100 == len(cache.bytes)
-    cache.range_bytes(cache.staging_offset + 98, 2)[:] = b"ab"
+    assert cache.num_bytes >= cache.staging_offset + 100
+    last = cache.staging_offset + 98
+    cache.range_bytes(last, 2)[:] = b"ab"
     assert cache.fd is not None
     with mmap.mmap(cache.fd, cache.num_bytes, prot=mmap.PROT_READ) as other:
-        assert other[-3:] == b"\0ab"
+        assert other[last - 1 : last + 2] == b"\0ab"
     assert not cache.tensor.any()
     for offset, num_bytes in [(-1, 2), (cache.num_bytes - 1, 2), (0, -1)]:
         with pytest.raises(AssertionError):
@@ -110,14 +112,15 @@ def test_a_device_has_the_same_memory() -> None:
     """Blocks of any dtype go back and forth whole; staging is on both sides."""
     layout = replace(LAYOUT, dtype="int8")
     cache = DeviceCache(layout, 3, shareable=True, staging_num_bytes=64, device=torch.device("cpu"))
-    assert cache.device_bytes.shape == (cache.num_bytes,) == (3 * layout.block_num_bytes + 64,)
+    assert cache.device_bytes.shape == (cache.num_bytes,)
     cache.device_bytes.fill_(7)
     cache.mirror([1])
     assert bytes(cache.block_bytes(1)) == b"\7" * layout.block_num_bytes
     assert not cache.bytes[: layout.block_num_bytes].any()
     cache.block_bytes(2)[:] = b"\5" * layout.block_num_bytes
     cache.landed([2])
-    assert set(cache.device_bytes[2 * layout.block_num_bytes :].tolist()) == {5, 7}
+    both = cache.device_bytes[2 * layout.block_num_bytes :][: layout.block_num_bytes + 64]
+    assert both.tolist() == [5] * layout.block_num_bytes + [7] * 64
     cache.close()
 
 
@@ -171,5 +174,6 @@ def test_populated_memory_is_there_and_still_zero(shareable: bool) -> None:
     cache.populate()
     assert not cache.tensor.any()
     if cache.fd is not None:
-        assert os.fstat(cache.fd).st_blocks * 512 >= cache.num_bytes
+        # A page that is begun may be left.
+        assert os.fstat(cache.fd).st_blocks * 512 > cache.num_bytes - mmap.PAGESIZE
     cache.close()

@@ -4,7 +4,6 @@ import asyncio
 import threading
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from kvrelay.transfer.nixl_reads import (
     batches_of,
     outcome,
 )
+from kvrelay.transfer.shm import Run
 
 PATIENT = {"patience_s": 5.0, "quiesce_timeout_s": 5.0}
 
@@ -62,13 +62,17 @@ class ScriptedAgent:
 
 
 def pull_from(peer: str, *, limit_s: float = 5.0, num_batches: int = 1) -> Pull:
-    lengths = np.full(num_batches, 16 << 20)
-    at = np.cumsum(lengths) * 2
     return Pull(
         worker_id=peer,
         peer=peer,
         metadata=peer.encode(),
-        batches=batches_of(at, at, lengths, stall_s=limit_s, floor_bytes_per_s=1e12),
+        batches=batches_of(
+            [Run(0, 0, 16 << 20)] * num_batches,
+            target_begin=1,
+            source_begin=1,
+            stall_s=limit_s,
+            floor_bytes_per_s=1e12,
+        ),
     )
 
 
@@ -221,34 +225,26 @@ async def test_the_least_recently_used_peer_is_removed():
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 40), st.integers(0, 40), st.sampled_from([1, 5 << 20, 20 << 20])),
+        st.tuples(st.integers(0, 99), st.integers(0, 99), st.sampled_from([1, 5 << 20, 16 << 20])),
         max_size=30,
     )
 )
-def test_batches_are_the_copies_in_order(copies):
-    """Every byte is read from where it was announced, and nothing else is."""
-    targets = np.array([target << 25 for target, _, _ in copies], np.int64)
-    sources = np.array([source << 25 for _, source, _ in copies], np.int64)
-    lengths = np.array([length for _, _, length in copies], np.int64)
-    batches = batches_of(targets, sources, lengths, stall_s=1.0, floor_bytes_per_s=1e6)
+def test_batches_are_the_runs_in_order(runs):
+    """Every byte is read from where it was announced, and a batch is bounded in bytes and time."""
+    batches = batches_of(
+        [Run(source, target, num_bytes) for source, target, num_bytes in runs],
+        target_begin=1 << 40,
+        source_begin=1 << 41,
+        stall_s=1.0,
+        floor_bytes_per_s=1e6,
+    )
     moved = [
-        (int(target[0]), int(source[0]), int(target[1]))
+        (int(source[0]) - (1 << 41), int(target[0]) - (1 << 40), int(target[1]))
         for batch in batches
-        for target, source in zip(batch.targets, batch.sources, strict=True)
-        if target[1] == source[1]
+        for source, target in zip(batch.sources, batch.targets, strict=True)
+        if source[1] == target[1]
     ]
-    wanted = list(zip(targets.tolist(), sources.tolist(), lengths.tolist(), strict=True))
-    assert moved == wanted  # no two are neighbours: they lie 32 MiB apart
+    assert moved == runs
     for batch in batches:
         assert batch.limit_s == 1.0 + float(batch.targets[:, 1].sum()) / 1e6
         assert batch.targets[:-1, 1].sum() < 16 << 20
-
-
-def test_neighbours_are_read_as_one():
-    """A run ends where either side jumps, and with its batch."""
-    lengths = np.full(6, 4 << 20)
-    sources = np.array([0, 1, 2, 9, 10, 11]) * (4 << 20)
-    targets = np.array([5, 6, 7, 8, 9, 20]) * (4 << 20)
-    batches = batches_of(targets, sources, lengths, stall_s=1.0, floor_bytes_per_s=1e6)
-    found = [[int(num_bytes) >> 20 for num_bytes in batch.sources[:, 1]] for batch in batches]
-    assert found == [[12, 4], [4, 4]]

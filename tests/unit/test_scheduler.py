@@ -311,7 +311,7 @@ def test_a_replay_goes_as_far_as_its_blocks_reach():
     (granted,) = sched.grant()
     step(sched, model)
     model.land(granted.block_table, prompt(6))
-    sched.join("a", outputs[:1])
+    sched.join("a", outputs[:1], 6)
 
     plan, _ = step(sched, model)
 
@@ -494,7 +494,7 @@ def test_a_landed_sequence_computes_no_prompt_token():
     assert not step(sched, model)[0].rows
     model.land(granted.block_table, prompt(10))
 
-    assert sched.join("a", outputs[:1]) is None
+    assert sched.join("a", outputs[:1], 10) is None
 
     assert _run(sched, model) == {"a": outputs[1:]}
     assert model.num_rows == 4
@@ -508,7 +508,7 @@ def test_a_landed_prompt_is_in_the_prefix_index():
     sched.add(request("a", prompt(10), origin=Origin.LAND, max_tokens=3))
     (first,) = sched.grant()
     model.land(first.block_table, prompt(10))
-    sched.join("a", expected_tokens(prompt(10), 1))
+    sched.join("a", expected_tokens(prompt(10), 1), 10)
     sched.add(request("b", prompt(10), origin=Origin.LAND, max_tokens=3))
 
     (second,) = sched.grant()
@@ -528,7 +528,7 @@ def test_a_landed_prompt_of_full_blocks_may_be_cached_whole():
     sched.add(request("b", prompt(8), origin=Origin.LAND, max_tokens=3))
 
     (granted,) = sched.grant()
-    sched.join("b", expected_tokens(prompt(8), 1))
+    sched.join("b", expected_tokens(prompt(8), 1), 8)
 
     assert (len(granted.block_table), granted.num_cached_blocks) == (2, 2)
     assert _run(sched, model) == {"b": expected_tokens(prompt(8), 3)[1:]}
@@ -544,7 +544,7 @@ def test_a_landed_sequence_replays_the_outputs_it_came_with():
     (granted,) = sched.grant()
     model.land(granted.block_table, prompt(6))
 
-    sched.join("a", outputs[:1])
+    sched.join("a", outputs[:1], 6)
 
     assert len(granted.block_table) == 2
     assert _run(sched, model) == {"a": outputs[11:]}
@@ -559,7 +559,7 @@ def test_a_landed_sequence_is_preempted_and_computed_here():
         sched.add(request(seq_id, prompt(5, variant=i), origin=Origin.LAND, max_tokens=12))
         (granted,) = sched.grant()
         model.land(granted.block_table, prompt(5, variant=i))
-        sched.join(seq_id, expected_tokens(prompt(5, variant=i), 1))
+        sched.join(seq_id, expected_tokens(prompt(5, variant=i), 1), 5)
 
     tokens = _run(sched, model)
 
@@ -576,7 +576,7 @@ def test_a_join_that_is_finished_already_frees_its_blocks():
     sched.add(request("a", origin=Origin.LAND, max_tokens=1))
     sched.grant()
 
-    done = sched.join("a", (7,))
+    done = sched.join("a", (7,), 6)
 
     assert done is not None
     assert (done.position, done.token_ids, done.finish) == (1, (), FinishReason.LENGTH)
@@ -591,13 +591,13 @@ def test_joining_what_is_not_landing_is_refused():
     sched = scheduler()
     sched.add(request("a", origin=Origin.LAND))
     with pytest.raises(NotFound):
-        sched.join("a", (7,))
+        sched.join("a", (7,), 6)
     assert isinstance(sched.grant()[0], Granted)
-    with pytest.raises(InvalidRequest, match="first_output_ids"):
-        sched.join("a", ())
+    with pytest.raises(InvalidRequest, match="output_ids"):
+        sched.join("a", (), 6)
     sched.release("a")
     with pytest.raises(NotFound):
-        sched.join("a", (7,))
+        sched.join("a", (7,), 6)
 
 
 def test_grants_are_possible_while_a_step_is_computed():

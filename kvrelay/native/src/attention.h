@@ -83,12 +83,16 @@ class GenerationAttention {
 
  private:
   struct Scratch {
-    float* scores;                     // [num_heads][keys], then [num_heads][width] of results
-    const std::uint8_t** rows;         // where each position's K is
-    const bf16** key_scales;           // and its scales, of int8
-    bf16* expanded;                    // [kLanes][width], of what is quantized
+    float* scores;              // [num_heads][keys], then [num_heads][width] of results
+    const std::uint8_t** rows;  // where each position's K is
+    const bf16** key_scales;    // of int8
+    bf16* expanded;             // [kLanes][width], of what is quantized
   };
 
+  template <KvKind kKind>
+  void run_kind(Team& team, const KvView& kv, int num_rows, const std::int32_t* positions,
+                const std::int32_t* const* tables, const bf16* queries, bf16* out,
+                std::int64_t stride);
   template <KvKind kKind>
   void attend(const KvView& kv, int position, const std::int32_t* table, Heads heads,
               const bf16* queries, bf16* out, const Scratch& scratch) const;
@@ -96,7 +100,7 @@ class GenerationAttention {
   AttentionShape shape_;
   Array<float> scratch_;
   Array<const std::uint8_t*> rows_;
-  Array<const bf16*> scale_rows_;
+  Array<const bf16*> key_scales_;
   Array<bf16> expanded_;
 };
 

@@ -154,6 +154,16 @@ GenerationAttention::GenerationAttention(const AttentionShape& shape) : shape_(s
 void GenerationAttention::run(Team& team, const KvView& kv, int num_rows,
                               const std::int32_t* positions, const std::int32_t* const* tables,
                               const bf16* queries, bf16* out, std::int64_t stride) {
+  with_kind(kv.kind, [&](auto kind) {
+    run_kind<decltype(kind)::value>(team, kv, num_rows, positions, tables, queries, out, stride);
+  });
+}
+
+template <KvKind kKind>
+void GenerationAttention::run_kind(Team& team, const KvView& kv, int num_rows,
+                                   const std::int32_t* positions,
+                                   const std::int32_t* const* tables, const bf16* queries,
+                                   bf16* out, std::int64_t stride) {
   const int longest = *std::max_element(positions, positions + num_rows) + 1;
   const int num_heads = shape_.num_heads, num_kv_heads = shape_.num_kv_heads;
   const std::size_t width = std::size_t(num_heads) * shape_.head_dim;
@@ -163,13 +173,9 @@ void GenerationAttention::run(Team& team, const KvView& kv, int num_rows,
   scratch_.at_least(scratch_size * team.max_threads());
   const std::size_t num_slots = padded + kAhead;
   const std::size_t expanded_size = kLanes * std::size_t(round_up(shape_.head_dim, kChunkDims));
-  const bool is_scaled = kv.kind == KvKind::kInt8;
   rows_.at_least(num_slots * team.max_threads());
-  if (is_scaled) scale_rows_.at_least(num_slots * team.max_threads());
-  if (kv.kind != KvKind::kBfloat16) expanded_.at_least(expanded_size * team.max_threads());
-  const auto attend_kind = kv.kind == KvKind::kBfloat16 ? &GenerationAttention::attend<KvKind::kBfloat16>
-                           : is_scaled ? &GenerationAttention::attend<KvKind::kInt8>
-                                       : &GenerationAttention::attend<KvKind::kFp8>;
+  key_scales_.at_least(num_slots * team.max_threads());
+  expanded_.at_least(expanded_size * team.max_threads());
   // A turn takes all heads of a row, since they lie side by side in memory; only where there
   // are fewer rows than threads do heads take turns of their own.
   const int parts = num_rows < team.num_threads() ? num_kv_heads : 1;
@@ -178,10 +184,10 @@ void GenerationAttention::run(Team& team, const KvView& kv, int num_rows,
     const Heads heads{part * num_kv_heads / parts, (part + 1) * num_kv_heads / parts};
     const Scratch scratch{scratch_.data() + scratch_size * thread,
                           rows_.data() + num_slots * thread,
-                          scale_rows_.data() + (is_scaled ? num_slots * thread : 0),
+                          key_scales_.data() + num_slots * thread,
                           expanded_.data() + expanded_size * thread};
-    (this->*attend_kind)(kv, positions[row], tables[row], heads, queries + row * width,
-                         out + row * stride, scratch);
+    attend<kKind>(kv, positions[row], tables[row], heads, queries + row * width,
+                  out + row * stride, scratch);
   });
 }
 
@@ -198,7 +204,7 @@ void GenerationAttention::attend(const KvView& kv, int position, const std::int3
   const __m512 nothing = _mm512_set1_ps(-1e30f);
   const int first_seen = shape_.first_seen(position) - first;
   const std::size_t width = round_up(dim, kChunkDims);
-  float* scores = scratch.scores;                         // [num_heads][padded]
+  float* scores = scratch.scores;                            // [num_heads][padded]
   float* result = scores + std::size_t(num_heads) * padded;  // [num_heads][width]
   const std::uint8_t** rows = scratch.rows;
   const bf16** key_scales = scratch.key_scales;
@@ -231,7 +237,6 @@ void GenerationAttention::attend(const KvView& kv, int position, const std::int3
           expand_rows<kKind>(rows + i, at, dim, width, scratch.expanded);
           if (kIsScaled) scales = scales_of(key_scales + i, kv_head);
         }
-        // The width is whole vectors, and beyond `dim` there are zeros.
         const auto score_them = dim % kDims != 0 ? score<false, false> : score<true, false>;
         products = score_them(query, expanded, 0, dim);
         if (kIsScaled) products = _mm512_mul_ps(products, scales);

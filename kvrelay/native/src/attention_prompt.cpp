@@ -52,12 +52,9 @@ PromptAttention::PromptAttention(const AttentionShape& shape)
 
 void PromptAttention::run(Team& team, const KvView& kv, const Run& run, const bf16* queries,
                           bf16* out, std::int64_t stride) {
-  switch (kv.kind) {
-    case KvKind::kBfloat16:
-      return run_kind<KvKind::kBfloat16>(team, kv, run, queries, out, stride);
-    case KvKind::kFp8: return run_kind<KvKind::kFp8>(team, kv, run, queries, out, stride);
-    case KvKind::kInt8: return run_kind<KvKind::kInt8>(team, kv, run, queries, out, stride);
-  }
+  with_kind(kv.kind, [&](auto kind) {
+    run_kind<decltype(kind)::value>(team, kv, run, queries, out, stride);
+  });
 }
 
 template <KvKind kKind>
@@ -70,12 +67,10 @@ void PromptAttention::run_kind(Team& team, const KvView& kv, const Run& run, con
   const std::size_t tiles = std::size_t(num_tiles_) * shape_.num_kv_heads;
   keys_.at_least(tiles * key_tile_size_);
   values_.at_least(tiles * value_tile_size_);
-  if (kIsScaled) {
-    key_scales_.at_least(tiles * kKeyTile);
-    value_scales_.at_least(tiles * kKeyTile);
-  }
+  key_scales_.at_least(tiles * kKeyTile);
+  value_scales_.at_least(tiles * kKeyTile);
   const std::size_t row_size = 2 * round_up(shape_.head_dim, kExpanded);
-  if (kKind != KvKind::kBfloat16) expanded_.at_least(row_size * team.max_threads());
+  expanded_.at_least(row_size * team.max_threads());
   team.run(int(tiles), [&](int turn, int thread) {
     pack<kKind>(kv, run, first_tile, turn % num_tiles_, turn / num_tiles_,
                 expanded_.data() + row_size * thread);

@@ -5,12 +5,24 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "simd.h"
 
 namespace kvrelay {
 
 enum class KvKind : std::int32_t { kBfloat16 = 0, kFp8 = 1, kInt8 = 2 };
+
+// body(std::integral_constant kind)
+template <class Body>
+inline void with_kind(KvKind kind, const Body& body) {
+  switch (kind) {
+    case KvKind::kBfloat16:
+      return body(std::integral_constant<KvKind, KvKind::kBfloat16>());
+    case KvKind::kFp8: return body(std::integral_constant<KvKind, KvKind::kFp8>());
+    case KvKind::kInt8: return body(std::integral_constant<KvKind, KvKind::kInt8>());
+  }
+}
 
 constexpr int value_num_bytes(KvKind kind) { return kind == KvKind::kBfloat16 ? 2 : 1; }
 
