@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -q
 GPU := $(or $(GPU_PYTHON),$(BIN)/python)
 
 .DEFAULT_GOAL := help
-.PHONY: bench-kv-dtypes bench-control bench-peers gpu help setup pull demo test test-fast check protos proto-check fmt fmt-check lint type imports chaos clean
+.PHONY: bench-kv-dtypes bench-control bench-peers bench-transfer gpu help setup pull demo test test-fast check protos proto-check fmt fmt-check lint type imports chaos clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,9 @@ bench-control: pull ## Tokens/s through the coordinator alone, on one core; CONT
 
 bench-kv-dtypes: pull ## What fp8 and int8 KV do to logits and to the time of a step, 3 minutes; KV=--help
 	$(BIN)/python -m tests.bench.kv_dtypes $(KV)
+
+bench-transfer: $(SETUP) ## How fast KV moves between two processes, half a minute; TRANSFER=--help
+	$(BIN)/python -m tests.bench.transfer $(TRANSFER)
 
 gpu: $(if $(GPU_PYTHON),,$(SETUP)) ## What needs a CUDA device: kernel tests, a pair on one GPU, the benchmark
 	@$(GPU) -m tests.bench.gpu --check

@@ -386,7 +386,13 @@ class Lander:
                 elapsed_s=stats.elapsed_s,
                 now_s=landing.landed_s,
             )
-            measuring = asyncio.create_task(self._measure(landing, batch, copies, held.pop_all()))
+            # Not in the task: that would wait for its turn behind whatever else goes on.
+            taking_in = asyncio.get_running_loop().run_in_executor(
+                None, self._take_in, landing, batch, copies
+            )
+            measuring = asyncio.create_task(
+                self._measure(landing, batch, taking_in, held.pop_all())
+            )
         landing.measuring.add(measuring)
         measuring.add_done_callback(lambda _: landing.changed.set())
 
@@ -424,11 +430,11 @@ class Lander:
         self,
         landing: _Landing,
         batch: Sequence[int],
-        copies: Sequence[BlockCopy],
+        taking_in: "asyncio.Future[list[int]]",
         held: AsyncExitStack,
     ) -> None:
         async with held:
-            digests = await asyncio.to_thread(self._take_in, landing, batch, copies)
+            digests = await taking_in
         landing.intake.measured(batch, digests)
 
     def _take_in(

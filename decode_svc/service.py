@@ -222,16 +222,18 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
 
     def _hand_over(self, session: Session[Outcome], attempt: Attempt, message: pb.HandOver) -> None:
         """Hold a running attempt for another worker. One that does not run leaves nothing to
-        pull: its puller then finds no hold, and the attempt goes on here.
+        pull: its puller is refused, and the attempt goes on here.
         """
         order = convert.hand_over_from_wire(attempt, message)
         live = self._live.get(attempt.seq_id)
         if live is None or live.session is not session or live.hold is not None:
+            self._keeper.refuse(order.handoff_id, puller_id=order.puller_id)
             return
         try:
             done = self._engine.offer(attempt.seq_id)
         except NotFound as error:
             log.info("handoff.not_offered", reason=str(error))
+            self._keeper.refuse(order.handoff_id, puller_id=order.puller_id)
             return
         live.hold = self._keeper.begin(
             order.handoff_id,

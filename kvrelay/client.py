@@ -5,7 +5,7 @@ there or from a connection that never stood.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvrelay.config import TlsFiles
+from kvrelay.errors import PeerUnavailable
 from kvrelay.events import Delta, Event, Finished, Started, Usage
 from kvrelay.obs.ledger import Ledger
 from kvrelay.rpc import convert
@@ -236,7 +237,21 @@ class Client:
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def watch_serving(self, service: str = "") -> AsyncGenerator[bool, None]:
-        """What `is_serving` says, now and at every change; waits for the server to come up."""
+        """What `is_serving` says, now and at every change; waits for the server to come up, and
+        again after it went away, which is told as False.
+        """
+        told: bool | None = None
+        while True:
+            with suppress(PeerUnavailable):
+                async with aclosing(self._watch_serving(service)) as states:
+                    async for told in states:
+                        yield told
+            if told is not False:
+                told = False
+                yield told
+
+    async def _watch_serving(self, service: str) -> AsyncGenerator[bool, None]:
+        """As `watch_serving`, until the connection ends."""
         request = health_pb2.HealthCheckRequest(service=service)
         call = self._health.Watch(request, wait_for_ready=True)
         try:

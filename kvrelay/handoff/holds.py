@@ -286,6 +286,10 @@ class Holds:
         if hold.num_pulls == 0 and hold.state is HoldState.EXPECTED:
             del self._holds[hold.handoff_id]
 
+    def was_begun(self, handoff_id: str) -> bool:
+        """Whether a hold of that name is alive, or ended and is remembered."""
+        return handoff_id in self._ended or self.alive(handoff_id) is not None
+
     def alive(self, handoff_id: str) -> Hold | None:
         """The hold, if it was begun and has not ended."""
         hold = self._holds.get(handoff_id)

@@ -16,6 +16,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 
@@ -102,7 +103,7 @@ class _Kept:
     packing: asyncio.Lock
     """Pulls of one hold share the work."""
 
-    digesting: "asyncio.Task[None] | None" = None
+    digesting: "asyncio.Future[list[int]] | None" = None
 
     last_word: Completed | None = None
     num_readers: int = 0
@@ -134,7 +135,6 @@ class HoldKeeper:
         self._metrics = metrics
         self._clock = clock
         self._kept: dict[Hold, _Kept] = {}  # of living holds, and of those pulled now
-        self._digesting: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     # For the session
@@ -160,6 +160,16 @@ class HoldKeeper:
         self._keep(hold).on_end = on_end
         self._changed(hold)
         return hold
+
+    def refuse(self, handoff_id: str, *, puller_id: str) -> None:
+        """There is nothing to hold under that name, and will not be: its puller hears so at once.
+        A name that was begun before is left as it is.
+        """
+        if self.holds.was_begun(handoff_id):
+            return
+        self.lapse(
+            self.begin(handoff_id, puller_id=puller_id, seq_id="", prompt_ids=(), on_end=_nothing)
+        )
 
     def advance(self, hold: Hold, chunk: ChunkDone) -> None:
         if hold.state is HoldState.COMPUTING:
@@ -286,24 +296,26 @@ class HoldKeeper:
 
     def _have_digested(self, hold: Hold, kept: _Kept, layout: KvLayout, terms: PullTerms) -> None:
         """Begin to digest what was announced, in a thread, while its puller hears of it."""
-        if hold.is_alive and hold.undigested and kept.digesting is None:
-            kept.digesting = asyncio.create_task(self._digest(hold, kept, layout, terms))
-            self._digesting.add(kept.digesting)
-            kept.digesting.add_done_callback(self._digesting.discard)
-
-    async def _digest(self, hold: Hold, kept: _Kept, layout: KvLayout, terms: PullTerms) -> None:
-        """Until all that is announced is digested. Of a hold that lapsed meanwhile, these are
-        digests of anything, and nobody hears of them.
-        """
+        if kept.digesting is not None and kept.digesting.done():
+            kept.digesting.result()  # it failed, or it would not be there any more
+        if not (hold.is_alive and hold.undigested) or kept.digesting is not None:
+            return
         num_bytes = layout.block_num_bytes
-        while hold.is_alive and (blocks := hold.undigested):
-            ranges = [(self._offset(block.block_id, layout), num_bytes) for block in blocks]
-            kind = DigestKind(terms.digest_kind)
-            digests = await asyncio.to_thread(range_digests, self.cache, ranges, kind)
-            if hold.is_alive:
-                self.holds.digested(hold, digests)
-                self._changed(hold)
-        kept.digesting = None
+        ranges = [(self._offset(block.block_id, layout), num_bytes) for block in hold.undigested]
+        # Not as a task: that would wait for its turn behind whatever is being sent.
+        kept.digesting = asyncio.get_running_loop().run_in_executor(
+            None, range_digests, self.cache, ranges, DigestKind(terms.digest_kind)
+        )
+        kept.digesting.add_done_callback(partial(self._digested, hold, kept))
+
+    def _digested(self, hold: Hold, kept: _Kept, done: "asyncio.Future[list[int]]") -> None:
+        """Of a hold that lapsed meanwhile, these are digests of anything; nobody hears of them."""
+        if done.cancelled() or not hold.is_alive:
+            return
+        if done.exception() is None:
+            kept.digesting = None
+            self.holds.digested(hold, done.result())
+        self._changed(hold)
 
     def _last_word(self, hold: Hold) -> Completed:
         digest = handoff_digest(
@@ -418,9 +430,7 @@ class HoldKeeper:
     # Ends
 
     def close(self) -> None:
-        """Stop what goes on by itself; holds are lapsed by their sessions."""
-        for digesting in self._digesting:
-            digesting.cancel()
+        """Stop the timer; holds are lapsed by their sessions."""
         if self._timer is not None:
             self._timer.cancel()
 

@@ -31,7 +31,7 @@ _MAX_INDEXES = 4096
 
 _Read = grpc.aio.UnaryStreamMultiCallable[handoff_pb2.ReadRequest, bytes]
 
-_SERVICE = handoff_pb2.DESCRIPTOR.services_by_name["HandoffService"].full_name
+SERVICE = handoff_pb2.DESCRIPTOR.services_by_name["HandoffService"].full_name
 
 
 def add_to_server(
@@ -44,9 +44,9 @@ def add_to_server(
     taken.handlers["Read"] = grpc.unary_stream_rpc_method_handler(
         read.unary_stream, read.request_deserializer, _as_bytes
     )
-    handlers = grpc.method_handlers_generic_handler(_SERVICE, taken.handlers)
+    handlers = grpc.method_handlers_generic_handler(SERVICE, taken.handlers)
     server.add_generic_rpc_handlers((handlers,))
-    server.add_registered_method_handlers(_SERVICE, taken.handlers)
+    server.add_registered_method_handlers(SERVICE, taken.handlers)
 
 
 class _Taken:
@@ -59,7 +59,7 @@ class _Taken:
         """Those that `add_registered_method_handlers` tells by name."""
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
-        assert service == _SERVICE
+        assert service == SERVICE
         self.handlers = dict(handlers)
 
 
@@ -112,7 +112,7 @@ class StreamTransport:
         started = self._clock.now()
         async with self._channels.use(remote.address) as channel:
             read: _Read = channel.unary_stream(
-                f"/{_SERVICE}/Read", handoff_pb2.ReadRequest.SerializeToString
+                f"/{SERVICE}/Read", handoff_pb2.ReadRequest.SerializeToString
             )
             for first in range(0, len(copies), _MAX_INDEXES):
                 await self._read(read, remote, copies[first : first + _MAX_INDEXES])

@@ -186,6 +186,7 @@ def as_markdown(results: Sequence[Result], *, command: str, num_repeats: int) ->
         "",
         f"Written by `{command}`: medians of {num_repeats} turns, GB/s are 10^9 bytes per second.",
         "`scattered` blocks land in reverse order, so no two are copied as one.",
+        *(f"Not measured: {name}: {why_not(name)}." for name in TRANSPORTS if why_not(name)),
         "",
         *_table(("machine", ""), machine().items()),
         "",

@@ -37,7 +37,7 @@ from kvrelay.rpc.channels import Channels
 from kvrelay.rpc.server import RpcServer, Service
 from kvrelay.rpc.submit import ModelBounds
 from kvrelay.transfer import stream
-from kvrelay.transfer.build import TransportBuilder, Transports
+from kvrelay.transfer.build import TransportBuilder, TransportChoice, Transports
 from kvrelay.transfer.speeds import LinkSpeeds
 from kvrelay.transfer.wire_choice import WireDtype
 from kvrelay.types import Fingerprint, Role, SamplingParams, TransportOffer
@@ -185,6 +185,7 @@ async def _engine_on(
     layout: KvLayout = LAYOUT,
     worker_id: str = "",
     epoch: str = "",
+    transport: TransportChoice = "auto",
 ) -> AsyncIterator[dict]:
     """The common parts. At the end: nothing failed, and every block is free or cached."""
     failures: list[BaseException] = []
@@ -213,7 +214,7 @@ async def _engine_on(
         clock=MonotonicClock(),
         on_lost=failures.append,
         wrap=wrap,
-    ).build("auto", cache)
+    ).build(transport, cache)
     desk = TicketDesk(worker_id=worker_id, epoch=epoch)
     desk.take_key(TICKET_KEY)
     engine.start()
@@ -297,6 +298,7 @@ async def prefill_worker(
     layout: KvLayout = LAYOUT,
     fingerprint: Fingerprint = FINGERPRINT,
     bounds: ModelBounds = BOUNDS,
+    transport: TransportChoice = "auto",
     worker_id: str = "",
     epoch: str = "",
 ) -> AsyncIterator[PrefillBench]:
@@ -311,6 +313,7 @@ async def prefill_worker(
         layout=layout,
         worker_id=worker_id,
         epoch=epoch,
+        transport=transport,
     ) as made:
         parts = made["parts"]
         names = {"worker_id": parts["worker_id"], "epoch": parts["epoch"]}
@@ -347,6 +350,7 @@ async def decode_worker(
     wire_dtype: WireDtype = "auto",
     fingerprint: Fingerprint = FINGERPRINT,
     bounds: ModelBounds = BOUNDS,
+    transport: TransportChoice = "auto",
     worker_id: str = PULLER_ID,
     epoch: str = PULLER_EPOCH,
     release_timeout_s: float = WAIT_S,
@@ -364,6 +368,7 @@ async def decode_worker(
         layout=layout,
         worker_id=worker_id,
         epoch=epoch,
+        transport=transport,
     ) as made:
         parts = made["parts"]
         channels = Channels(tls=None)

@@ -1,0 +1,34 @@
+"""Whatever befalls the bytes, no token comes from them; and nothing is refused that is right.
+
+This is the quick tier. `make fuzz-handoff` does the same with 10 000 and 100 000.
+"""
+
+import pytest
+
+from kvrelay.transfer import nixl
+from tests.support.handoffs import HARMS, handoffs
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]
+
+NUM_CORRUPTIONS = 504
+NUM_CLEAN = 2004
+SEED = 4
+
+needs_nixl = pytest.mark.skipif(not nixl.is_installed(), reason="nixl is not installed")
+TRANSPORTS = ("shm", "stream", pytest.param("nixl", marks=needs_nixl))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_every_corruption_is_caught_and_no_clean_handoff_is_refused(transport):
+    """
+    One bit to a whole block, stale and exchanged blocks, another prompt's: each ends as KV_CORRUPT,
+    without a token. All the others have the model's own tokens.
+    """
+    num_corruptions, num_clean = NUM_CORRUPTIONS // 3, NUM_CLEAN // 3
+    async with handoffs(transport, seed=SEED) as pair:
+        tally = await pair.run(num_corruptions=num_corruptions, num_clean=num_clean)
+
+    assert not tally.wrong, f"seed={SEED}: {tally.wrong[:10]} and {len(tally.wrong)} in all"
+    assert tally.num_clean == num_clean
+    assert tally.num_caught == num_corruptions
+    assert len(tally.caught) == len(HARMS), "every kind of harm was done"
