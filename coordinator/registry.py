@@ -55,7 +55,7 @@ class Member:
 
     @property
     def kv_dtype(self) -> str:
-        return self.identity.fingerprint.layout.dtype
+        return self.identity.kv_form
 
     @property
     def num_slots(self) -> int:

@@ -34,7 +34,12 @@ def main() -> None:
 
 
 async def _serve(config: DecodeConfig, name: Name) -> None:
-    async with worker_parts(config, name, landing_num_bytes=config.landing_mib << 20) as parts:
+    async with worker_parts(
+        config,
+        name,
+        landing_num_bytes=config.landing_mib << 20,
+        wire_dtype=config.wire_dtype,
+    ) as parts:
         channels = Channels(tls=config.tls)
         speeds = LinkSpeeds(forget_after_s=FORGET_SPEEDS_AFTER_S)
         with keeping(parts) as keeper:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
 
-from kvrelay.kv.layout import KvLayout
+from kvrelay.kv.layout import DTYPE_NUM_BYTES, KvLayout
 
 BlockId = NewType("BlockId", int)
 
@@ -147,6 +147,16 @@ class WorkerIdentity:
     """Most sequences in one step."""
 
     offers: tuple[TransportOffer, ...] = field(default=())
+    wire_dtype: str = "auto"
+    """D: what it asks holders to pack KV to, at the price of other logits."""
+
+    @property
+    def kv_form(self) -> str:
+        """What becomes of KV here, in a word: tokens are equal where this is."""
+        kept, moved = self.fingerprint.layout.dtype, self.wire_dtype
+        if moved == "auto" or DTYPE_NUM_BYTES[moved] >= DTYPE_NUM_BYTES[kept]:
+            return kept
+        return f"{kept} by {moved}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

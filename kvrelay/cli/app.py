@@ -55,6 +55,9 @@ class Transport(StrEnum):
 
     AUTO = "auto"
     SHM = "shm"
+    NIXL = "nixl"
+    CUDA_IPC = "cuda_ipc"
+    NCCL = "nccl"
     STREAM = "stream"
 
 
@@ -71,6 +74,15 @@ class Dtype(StrEnum):
 
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
+
+
+class KvDtype(StrEnum):
+    """What KV is kept in, or travels in."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FP8 = "fp8"
+    INT8 = "int8"
 
 
 class BlockSize(StrEnum):
@@ -135,13 +147,21 @@ def up(
         int, typer.Option(min=0, max=65535, help="The OpenAI-style HTTP port; 0 picks one.")
     ] = 8000,
     transport: Annotated[
-        Transport, typer.Option(help="How KV travels: shm within a host, stream anywhere.")
-    ] = Transport.AUTO,
+        Transport | None,
+        typer.Option(help="How KV travels. Default: the best that two workers have in common."),
+    ] = None,
     disaggregate: Annotated[
         Disaggregate, typer.Option(help="When prompts go to prefill workers.")
     ] = Disaggregate.AUTO,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of weights and KV. Default: the workers'.")
+    ] = None,
+    kv_dtype: Annotated[
+        KvDtype | None, typer.Option(help="Of KV alone. Default: the workers'.")
+    ] = None,
+    wire_dtype: Annotated[
+        KvDtype | None,
+        typer.Option(help="Of KV on its way; fp8 and int8 halve bfloat16. Default: the workers'."),
     ] = None,
     threads: Annotated[
         int, typer.Option(min=0, help="Most of each worker. 0: all cores, shared as needed.")
@@ -170,7 +190,12 @@ def up(
         bool, typer.Option("--verbose", help="Show the processes' logs on stderr too.")
     ] = False,
 ) -> None:
-    """Start a coordinator and its workers on this machine, and keep them alive."""
+    """Start a coordinator and its workers on this machine, and keep them alive.
+
+    A flag is for all workers. What is to differ between the two pools is set in the environment
+    instead: KVRELAY_PREFILL_KV_DTYPE, KVRELAY_DECODE_KV_DTYPE, KVRELAY_DECODE_BLOCK_SIZE and so on;
+    a flag that is given overrules it.
+    """
     from kvrelay.cli import up as command
     from kvrelay.supervise.topology import Topology
 
@@ -182,9 +207,11 @@ def up(
             num_prefill=prefill,
             num_decode=decode,
             num_threads=threads,
-            transport=transport.value,
             disaggregate=disaggregate.value,
+            transport=transport.value if transport else None,
             dtype=dtype.value if dtype else None,
+            kv_dtype=kv_dtype.value if kv_dtype else None,
+            wire_dtype=wire_dtype.value if wire_dtype else None,
             block_size=int(block_size.value) if block_size else None,
             num_blocks=num_blocks,
             drain_s=drain_s,

@@ -103,7 +103,7 @@ def _coordinator(pool: Pool) -> Text:
 
 
 def _kv_dtypes(pool: Pool) -> list[str]:
-    return sorted({member.identity.fingerprint.layout.dtype for member in pool.members})
+    return sorted({member.identity.kv_form for member in pool.members})
 
 
 def _mixed(pool: Pool) -> Text:
@@ -190,7 +190,7 @@ def _member_json(member: Member) -> dict[str, object]:
         "load_age_ms": member.load_age_ms,
         "draining": load.is_draining,
         "block_size": who.fingerprint.layout.block_size,
-        "kv_dtype": who.fingerprint.layout.dtype,
+        "kv_dtype": who.kv_form,
         "transports": [offer.name for offer in who.offers],
         "links": [
             {

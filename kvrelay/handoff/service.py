@@ -18,6 +18,8 @@ from kvrelay.rpc.convert import header_to_wire
 from kvrelay.types import Fingerprint
 from kvrelay.v1 import handoff_pb2, handoff_pb2_grpc
 
+SERVICE_NAME = handoff_pb2.DESCRIPTOR.services_by_name["HandoffService"].full_name
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 

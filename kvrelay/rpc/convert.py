@@ -178,6 +178,7 @@ def identity_to_wire(identity: WorkerIdentity) -> pool_pb2.WorkerIdentity:
         num_blocks=identity.num_blocks,
         max_sequences=identity.max_sequences,
         offers=[offer_to_wire(offer) for offer in identity.offers],
+        wire_dtype=identity.wire_dtype,
     )
 
 
@@ -197,6 +198,8 @@ def identity_from_wire(wire: pool_pb2.WorkerIdentity) -> WorkerIdentity:
     _require(wire.num_blocks > 0, "num_blocks", "must be at least 1")
     _require(wire.max_sequences > 0, "max_sequences", "must be at least 1")
     _require(len(wire.offers) <= MAX_OFFERS, "offers", f"at most {MAX_OFFERS}")
+    wire_dtype = wire.wire_dtype or "auto"
+    _require(wire_dtype in ("auto", *DTYPE_NUM_BYTES), "wire_dtype", f"must be one of {_DTYPES}")
     return WorkerIdentity(
         worker_id=wire.worker_id,
         epoch=wire.epoch,
@@ -207,6 +210,7 @@ def identity_from_wire(wire: pool_pb2.WorkerIdentity) -> WorkerIdentity:
         num_blocks=wire.num_blocks,
         max_sequences=wire.max_sequences,
         offers=tuple(offer_from_wire(offer) for offer in wire.offers),
+        wire_dtype=wire_dtype,
     )
 
 

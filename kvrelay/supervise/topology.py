@@ -18,9 +18,13 @@ class Topology:
     num_threads: int = 0
     """At most, of each worker. 0: as the cores allow."""
 
-    transport: str = "auto"
     disaggregate: str = "auto"
+    transport: str | None = None
     dtype: str | None = None
+    kv_dtype: str | None = None
+    wire_dtype: str | None = None
+    """Of what decode workers pull."""
+
     block_size: int | None = None
     num_blocks: int | None = None
     drain_s: float = 30.0
@@ -40,16 +44,19 @@ class Topology:
 
     def worker(self, role: str, index: int, *, coordinator: str) -> tuple[str, ...]:
         """Arguments to Python that start worker number `index` of `role`."""
+        # A flag overrules the environment, where each role has settings of its own.
         optional = {
+            "--transport": self.transport,
             "--dtype": self.dtype,
+            "--kv-dtype": self.kv_dtype,
+            "--wire-dtype": self.wire_dtype if role == "decode" else None,
             "--block-size": self.block_size,
             "--num-blocks": self.num_blocks,
         }
         return (
             *("-m", f"{role}_svc", "--model", self.model, "--coordinator", coordinator),
             *("--worker-id", f"{role}-{index}", "--listen", "127.0.0.1:0"),
-            *("--threads", str(self.num_threads), "--transport", self.transport),
-            *("--drain-s", str(self.drain_s)),
+            *("--threads", str(self.num_threads), "--drain-s", str(self.drain_s)),
             *(("--chaos", self.chaos) if self.chaos and role == "decode" else ()),
             *(word for flag, v in optional.items() if v is not None for word in (flag, str(v))),
         )

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvrelay.v1 import common_pb2 as kvrelay_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15kvrelay/v1/pool.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"p\n\x0bJoinRequest\x12.\n\x08identity\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.WorkerIdentityH\x00\x12&\n\x04load\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.WorkerLoadH\x00\x42\t\n\x07message\"A\n\x0cJoinResponse\x12\x1d\n\x15heartbeat_interval_ms\x18\x01 \x01(\r\x12\x12\n\nticket_key\x18\x02 \x01(\x0c\"\xf5\x01\n\x0eWorkerIdentity\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.kvrelay.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12,\n\x0b\x66ingerprint\x18\x06 \x01(\x0b\x32\x17.kvrelay.v1.Fingerprint\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x15\n\rmax_sequences\x18\x08 \x01(\r\x12*\n\x06offers\x18\t \x03(\x0b\x32\x1a.kvrelay.v1.TransportOffer\"\xee\x02\n\nWorkerLoad\x12\x13\n\x0b\x66ree_blocks\x18\x01 \x01(\r\x12\x15\n\rcached_blocks\x18\x02 \x01(\r\x12\x13\n\x0bheld_blocks\x18\x03 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x04 \x01(\r\x12\x19\n\x11running_sequences\x18\x05 \x01(\r\x12\x15\n\rhandoff_holds\x18\x06 \x01(\r\x12\x1c\n\x14queued_prompt_tokens\x18\x07 \x01(\r\x12\x1c\n\x14prefill_tokens_per_s\x18\x08 \x01(\x01\x12\x0e\n\x06step_s\x18\t \x01(\x01\x12\x16\n\x0ehandoffs_total\x18\n \x01(\x04\x12\x19\n\x11preemptions_total\x18\x0b \x01(\x04\x12\x13\n\x0bis_draining\x18\x0c \x01(\x08\x12\x18\n\x10waiting_handoffs\x18\r \x01(\r\x12$\n\x05links\x18\x0e \x03(\x0b\x32\x15.kvrelay.v1.LinkSpeed\"F\n\tLinkSpeed\x12\x11\n\tholder_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x01\"\x10\n\x0eGetPoolRequest\"\xbd\x01\n\x0fGetPoolResponse\x12\'\n\x07members\x18\x01 \x03(\x0b\x32\x16.kvrelay.v1.PoolMember\x12\x10\n\x08is_ready\x18\x02 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x63tive_requests\x18\x04 \x01(\r\x12\x1f\n\x17\x66inished_requests_total\x18\x05 \x01(\x04\x12\x1b\n\x13lost_attempts_total\x18\x06 \x01(\x04\"\x8f\x01\n\nPoolMember\x12,\n\x08identity\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.WorkerIdentity\x12$\n\x04load\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.WorkerLoad\x12\x13\n\x0bload_age_ms\x18\x03 \x01(\r\x12\x18\n\x10placed_sequences\x18\x04 \x01(\r2\x90\x01\n\x0bPoolService\x12=\n\x04Join\x12\x17.kvrelay.v1.JoinRequest\x1a\x18.kvrelay.v1.JoinResponse(\x01\x30\x01\x12\x42\n\x07GetPool\x12\x1a.kvrelay.v1.GetPoolRequest\x1a\x1b.kvrelay.v1.GetPoolResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15kvrelay/v1/pool.proto\x12\nkvrelay.v1\x1a\x17kvrelay/v1/common.proto\"p\n\x0bJoinRequest\x12.\n\x08identity\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.WorkerIdentityH\x00\x12&\n\x04load\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.WorkerLoadH\x00\x42\t\n\x07message\"A\n\x0cJoinResponse\x12\x1d\n\x15heartbeat_interval_ms\x18\x01 \x01(\r\x12\x12\n\nticket_key\x18\x02 \x01(\x0c\"\x89\x02\n\x0eWorkerIdentity\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.kvrelay.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12,\n\x0b\x66ingerprint\x18\x06 \x01(\x0b\x32\x17.kvrelay.v1.Fingerprint\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x15\n\rmax_sequences\x18\x08 \x01(\r\x12*\n\x06offers\x18\t \x03(\x0b\x32\x1a.kvrelay.v1.TransportOffer\x12\x12\n\nwire_dtype\x18\n \x01(\t\"\xee\x02\n\nWorkerLoad\x12\x13\n\x0b\x66ree_blocks\x18\x01 \x01(\r\x12\x15\n\rcached_blocks\x18\x02 \x01(\r\x12\x13\n\x0bheld_blocks\x18\x03 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x04 \x01(\r\x12\x19\n\x11running_sequences\x18\x05 \x01(\r\x12\x15\n\rhandoff_holds\x18\x06 \x01(\r\x12\x1c\n\x14queued_prompt_tokens\x18\x07 \x01(\r\x12\x1c\n\x14prefill_tokens_per_s\x18\x08 \x01(\x01\x12\x0e\n\x06step_s\x18\t \x01(\x01\x12\x16\n\x0ehandoffs_total\x18\n \x01(\x04\x12\x19\n\x11preemptions_total\x18\x0b \x01(\x04\x12\x13\n\x0bis_draining\x18\x0c \x01(\x08\x12\x18\n\x10waiting_handoffs\x18\r \x01(\r\x12$\n\x05links\x18\x0e \x03(\x0b\x32\x15.kvrelay.v1.LinkSpeed\"F\n\tLinkSpeed\x12\x11\n\tholder_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x01\"\x10\n\x0eGetPoolRequest\"\xbd\x01\n\x0fGetPoolResponse\x12\'\n\x07members\x18\x01 \x03(\x0b\x32\x16.kvrelay.v1.PoolMember\x12\x10\n\x08is_ready\x18\x02 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x63tive_requests\x18\x04 \x01(\r\x12\x1f\n\x17\x66inished_requests_total\x18\x05 \x01(\x04\x12\x1b\n\x13lost_attempts_total\x18\x06 \x01(\x04\"\x8f\x01\n\nPoolMember\x12,\n\x08identity\x18\x01 \x01(\x0b\x32\x1a.kvrelay.v1.WorkerIdentity\x12$\n\x04load\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.WorkerLoad\x12\x13\n\x0bload_age_ms\x18\x03 \x01(\r\x12\x18\n\x10placed_sequences\x18\x04 \x01(\r2\x90\x01\n\x0bPoolService\x12=\n\x04Join\x12\x17.kvrelay.v1.JoinRequest\x1a\x18.kvrelay.v1.JoinResponse(\x01\x30\x01\x12\x42\n\x07GetPool\x12\x1a.kvrelay.v1.GetPoolRequest\x1a\x1b.kvrelay.v1.GetPoolResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,17 +37,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOINRESPONSE']._serialized_start=176
   _globals['_JOINRESPONSE']._serialized_end=241
   _globals['_WORKERIDENTITY']._serialized_start=244
-  _globals['_WORKERIDENTITY']._serialized_end=489
-  _globals['_WORKERLOAD']._serialized_start=492
-  _globals['_WORKERLOAD']._serialized_end=858
-  _globals['_LINKSPEED']._serialized_start=860
-  _globals['_LINKSPEED']._serialized_end=930
-  _globals['_GETPOOLREQUEST']._serialized_start=932
-  _globals['_GETPOOLREQUEST']._serialized_end=948
-  _globals['_GETPOOLRESPONSE']._serialized_start=951
-  _globals['_GETPOOLRESPONSE']._serialized_end=1140
-  _globals['_POOLMEMBER']._serialized_start=1143
-  _globals['_POOLMEMBER']._serialized_end=1286
-  _globals['_POOLSERVICE']._serialized_start=1289
-  _globals['_POOLSERVICE']._serialized_end=1433
+  _globals['_WORKERIDENTITY']._serialized_end=509
+  _globals['_WORKERLOAD']._serialized_start=512
+  _globals['_WORKERLOAD']._serialized_end=878
+  _globals['_LINKSPEED']._serialized_start=880
+  _globals['_LINKSPEED']._serialized_end=950
+  _globals['_GETPOOLREQUEST']._serialized_start=952
+  _globals['_GETPOOLREQUEST']._serialized_end=968
+  _globals['_GETPOOLRESPONSE']._serialized_start=971
+  _globals['_GETPOOLRESPONSE']._serialized_end=1160
+  _globals['_POOLMEMBER']._serialized_start=1163
+  _globals['_POOLMEMBER']._serialized_end=1306
+  _globals['_POOLSERVICE']._serialized_start=1309
+  _globals['_POOLSERVICE']._serialized_end=1453
 # @@protoc_insertion_point(module_scope)

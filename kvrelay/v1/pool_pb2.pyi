@@ -92,6 +92,7 @@ class WorkerIdentity(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     OFFERS_FIELD_NUMBER: _builtins.int
+    WIRE_DTYPE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Stable name, 1 to 64 characters of `a-z0-9.-`."""
     epoch: _builtins.str
@@ -106,6 +107,10 @@ class WorkerIdentity(_message.Message):
     """Size of its block pool."""
     max_sequences: _builtins.int
     """Most sequences in one step."""
+    wire_dtype: _builtins.str
+    """Decode: the KV dtype that it asks holders to pack to; `auto` or empty: none that loses anything
+    it would keep.
+    """
     @_builtins.property
     def fingerprint(self) -> _common_pb2.Fingerprint:
         """What it serves and how."""
@@ -126,10 +131,11 @@ class WorkerIdentity(_message.Message):
         num_blocks: _builtins.int = ...,
         max_sequences: _builtins.int = ...,
         offers: _abc.Iterable[_common_pb2.TransportOffer] | None = ...,
+        wire_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "fingerprint", b"fingerprint", "max_sequences", b"max_sequences", "num_blocks", b"num_blocks", "offers", b"offers", "pid", b"pid", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "fingerprint", b"fingerprint", "max_sequences", b"max_sequences", "num_blocks", b"num_blocks", "offers", b"offers", "pid", b"pid", "role", b"role", "wire_dtype", b"wire_dtype", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

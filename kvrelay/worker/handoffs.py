@@ -5,10 +5,9 @@ from contextlib import contextmanager
 
 from kvrelay.handoff.holds import HoldLimits
 from kvrelay.handoff.keeper import HoldKeeper
-from kvrelay.handoff.service import HandoffServicer
+from kvrelay.handoff.service import SERVICE_NAME, HandoffServicer
 from kvrelay.rpc.server import Service
 from kvrelay.transfer import stream
-from kvrelay.v1 import handoff_pb2
 from kvrelay.worker.parts import WorkerParts
 
 MAX_REMEMBERED_HOLDS = 4096
@@ -50,5 +49,5 @@ def handoff_service(parts: WorkerParts, keeper: HoldKeeper) -> Service:
     return Service(
         stream.add_to_server,
         servicer,
-        handoff_pb2.DESCRIPTOR.services_by_name["HandoffService"].full_name,
+        SERVICE_NAME,
     )

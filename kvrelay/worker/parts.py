@@ -23,6 +23,7 @@ from kvrelay.kv.cache import KvCache
 from kvrelay.kv.prefix_index import PrefixIndex
 from kvrelay.obs.metrics import WorkerMetrics, serve_metrics
 from kvrelay.transfer.build import TransportBuilder, Transports
+from kvrelay.transfer.wire_choice import WireDtype
 from kvrelay.types import Role, WorkerIdentity
 from kvrelay.worker.bridge import StepBridge, TimedRunner
 from kvrelay.worker.cores import CoreShare, ResizableRunner, SharingRunner, yield_to_others
@@ -56,6 +57,7 @@ class WorkerParts:
     engine: Engine
     transports: Transports
     desk: TicketDesk
+    wire_dtype: WireDtype
 
     def identity_at(self, address: str) -> WorkerIdentity:
         """How the pool knows this worker, which is reached at `address`."""
@@ -69,16 +71,22 @@ class WorkerParts:
             num_blocks=self.model.cache.num_blocks,
             max_sequences=self.settings.max_sequences,
             offers=tuple(transport.describe() for transport in self.transports.all),
+            wire_dtype=self.wire_dtype,
         )
 
 
 @asynccontextmanager
 async def worker_parts(
-    settings: WorkerSettings, name: Name, *, landing_num_bytes: int = 0
+    settings: WorkerSettings,
+    name: Name,
+    *,
+    landing_num_bytes: int = 0,
+    wire_dtype: WireDtype = "auto",
 ) -> AsyncIterator[WorkerParts]:
     """Load, wire and start; stop it all at the end.
 
-    `landing_num_bytes` are for KV that comes in another form than it is kept in.
+    `landing_num_bytes` are for KV that comes in another form than it is kept in, `wire_dtype` is
+    the one that it is asked to come in.
 
     Raises:
         ModelInvalid, SettingsError: see `load_model` and `serve_metrics`.
@@ -124,6 +132,7 @@ async def worker_parts(
             engine=engine,
             transports=transports,
             desk=TicketDesk(worker_id=name.worker_id, epoch=name.epoch),
+            wire_dtype=wire_dtype,
         )
     finally:
         await close(engine, transports, model.cache)

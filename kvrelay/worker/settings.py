@@ -72,8 +72,9 @@ class WorkerSettings(ServiceSettings):
     max_waiting: int = Field(default=1024, ge=1)
     """Sequences waiting for blocks before new ones are refused with QUEUE_FULL."""
 
-    transport: Literal["auto", "shm", "stream"] = "auto"
-    """How KV may travel. `auto` uses the best that a pair of workers has in common."""
+    transport: Literal["auto", "shm", "nixl", "cuda_ipc", "nccl", "stream"] = "auto"
+    """How KV may travel. `auto` uses the best that a pair of workers has in common. A name has
+    that one alone: a worker that cannot have it here does not start."""
 
     hold_s: float = Field(default=30.0, gt=0)
     """How long finished KV waits for a puller to connect before its blocks are freed."""

@@ -3,6 +3,8 @@
 This is the quick tier. `make fuzz-handoff` does the same with 10 000 and 100 000.
 """
 
+import os
+
 import pytest
 
 from kvrelay.transfer import nixl
@@ -10,8 +12,11 @@ from tests.support.handoffs import HARMS, handoffs
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]
 
-NUM_CORRUPTIONS = 504
-NUM_CLEAN = 2004
+SHARE = int(os.environ.get("FUZZ_SHARE", "1"))
+"""`test_the_suite_can_fail` is content with a part of it."""
+
+NUM_CORRUPTIONS = 504 // SHARE
+NUM_CLEAN = 2004 // SHARE
 SEED = 4
 
 needs_nixl = pytest.mark.skipif(not nixl.is_installed(), reason="nixl is not installed")

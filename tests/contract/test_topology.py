@@ -17,7 +17,9 @@ EVERYTHING = Topology(
     num_threads=4,
     transport="stream",
     disaggregate="never",
-    dtype="float32",
+    dtype="bfloat16",
+    kv_dtype="fp8",
+    wire_dtype="int8",
     block_size=32,
     num_blocks=64,
     drain_s=5.0,
@@ -57,10 +59,23 @@ def test_workers_take_their_command_line(topology, role, cls):
     assert importlib.util.find_spec(module) is not None
     assert (config.worker_id, config.coordinator) == (f"{role}-1", "127.0.0.1:1234")
     assert config.threads == topology.num_threads
-    assert config.transport == topology.transport
-    assert config.dtype == (topology.dtype or default.dtype)
-    assert config.block_size == (topology.block_size or default.block_size)
-    assert config.num_blocks == (topology.num_blocks or default.num_blocks)
+    for name in ("transport", "dtype", "kv_dtype", "block_size", "num_blocks"):
+        assert getattr(config, name) == (getattr(topology, name) or getattr(default, name))
+    if role == "decode":
+        assert config.wire_dtype == (topology.wire_dtype or default.wire_dtype)
+
+
+@pytest.mark.parametrize(("role", "cls"), [("prefill", PrefillConfig), ("decode", DecodeConfig)])
+def test_what_was_not_chosen_may_differ_between_the_pools(role, cls):
+    """
+    The environment has settings for each role, and no flag overrules them unasked.
+    """
+    given = {"TRANSPORT": "stream", "KV_DTYPE": "int8", "BLOCK_SIZE": "64"}
+    environ = {f"KVRELAY_{role.upper()}_{name}": value for name, value in given.items()}
+    _, _, *flags = DEFAULTS.worker(role, 0, coordinator="127.0.0.1:1234")
+    config = read_settings(cls, service=role, argv=flags, environ=environ)
+
+    assert (config.transport, config.kv_dtype, config.block_size) == ("stream", "int8", 64)
 
 
 def test_every_worker_has_its_own_name():

@@ -60,7 +60,7 @@ async def test_a_pool_that_comes_to_mix_kv_dtypes_says_so_once():
             assert {m.kv_dtype for m in deployed.pool.members()} == {"bfloat16", "int8", "fp8"}
 
     (said,) = [log for log in logs if log["event"] == "pool.mixes_kv_dtypes"]
-    assert "bfloat16" in said["kv_dtypes"]
+    assert len(said["kv_dtypes"].split(", ")) > 1  # whoever came first
     assert "tokens depend on which workers serve" in said["promise"]
 
 

@@ -116,6 +116,9 @@ class HandoffProxy:
     def __init__(self, upstream: str = "") -> None:
         self.address = ""
         self.upstream = upstream
+        self.hides_lapses = False
+        """Whether the end of a `Pull` is never told, so that only the fence can tell of a lapse."""
+
         self.seen: Counter[str] = Counter()
         """How often each step was passed on, or acted upon."""
 
@@ -246,6 +249,9 @@ class HandoffProxy:
         self, passage: _Passage, call: grpc.aio.StreamStreamCall, context: grpc.aio.ServicerContext
     ) -> None:
         await self._flowing.wait()
+        if self.hides_lapses and passage.method.endswith("/Pull"):
+            await passage.broken.wait()
+            raise Cut
         trailing, code = _passed(await call.trailing_metadata()), await call.code()
         if code is not grpc.StatusCode.OK:
             await context.abort(code, await call.details(), trailing)

@@ -159,17 +159,29 @@ class Handoffs:
         async with asyncio.TaskGroup() as group:
             helpers = [
                 group.create_task(each)
-                for each in (self._instruct(), self._hear_prefills(), self._hear_decodes())
+                for each in (
+                    *(self._instruct(), self._hear_prefills(), self._hear_decodes()),
+                    self._watch(),
+                )
             ]
             lanes = [group.create_task(self._lane(todo, tally, on_done)) for _ in range(AT_ONCE)]
             await asyncio.wait(lanes)
             for task in helpers:
                 task.cancel()
-        engines = (self._holder.engine, self._puller.engine)
-        failures = (self._holder.failures, self._puller.failures)
-        await until(lambda: all(engine.is_idle for engine in engines) or any(failures))
-        assert not any(failures), failures
+        benches = (self._holder, self._puller)
+        await until(lambda: all(b.engine.is_idle or b.failures for b in benches))
+        self._require_alive()
         return tally
+
+    async def _watch(self) -> None:
+        """A worker that failed answers nobody any more: then there is nothing to wait for."""
+        while True:
+            self._require_alive()
+            await asyncio.sleep(0.1)
+
+    def _require_alive(self) -> None:
+        failures = [*self._holder.failures, *self._puller.failures]
+        assert not failures, f"a worker failed: {failures}"
 
     async def _lane(
         self, todo: Iterator[Harm | None], tally: Tally, on_done: Callable[[], None] | None

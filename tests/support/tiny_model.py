@@ -8,6 +8,7 @@ import torch
 
 from kvrelay.engine.batch import Path, Rows
 from kvrelay.kv.cache import TORCH_DTYPES, KvCache
+from kvrelay.kv.staging import StagingPlan
 from kvrelay.model.generation_weights import Blocks
 from kvrelay.model.load import layout_of
 from kvrelay.model.native_runner import NativeRunner
@@ -52,14 +53,19 @@ def runner_of(
     num_blocks: int = 400,
     blocks: Blocks | None = None,
     kv_dtype: str | None = None,
+    packs: bool = False,
+    landing_num_bytes: int = 0,
 ) -> Iterator[tuple[LlamaRunner | NativeRunner, KvCache]]:
     """A runner and its cache; the thread count is put back at the end.
 
     With `blocks` the compiled engine, which generates with them; without, torch. KV is of the
-    weights' dtype unless `kv_dtype` says otherwise.
+    weights' dtype unless `kv_dtype` says otherwise. The cache has staging to pack its blocks and
+    to land others' in, if told so.
     """
     dtype = kv_dtype or str(weights.dtype).removeprefix("torch.")
-    cache = KvCache(layout_of(spec, dtype=dtype, block_size=block_size), num_blocks, shareable=True)
+    layout = layout_of(spec, dtype=dtype, block_size=block_size)
+    staging = StagingPlan(layout, num_blocks, packs=packs, landing_num_bytes=landing_num_bytes)
+    cache = KvCache(layout, num_blocks, shareable=True, staging_num_bytes=staging.num_bytes)
     before = torch.get_num_threads()
     try:
         if blocks is None:

@@ -173,6 +173,19 @@ async def until(condition, timeout_s: float = WAIT_S) -> None:
             await asyncio.sleep(0.002)
 
 
+def staging_of(cache: KvCache) -> StagingPlan:
+    """How a cache's staging is used: to pack in if that fits, and what is left to land in."""
+    num_bytes = cache.generations_offset - cache.staging_offset
+    for packs in (True, False):
+        plan = StagingPlan(cache.layout, cache.num_blocks, packs=packs, landing_num_bytes=0)
+        if plan.num_bytes <= num_bytes:
+            break
+    num_landing = max(0, num_bytes - plan.num_bytes)
+    return StagingPlan(
+        cache.layout, cache.num_blocks, packs=packs, landing_num_bytes=num_landing
+    )
+
+
 @contextlib.asynccontextmanager
 async def _engine_on(
     role: Role,
@@ -196,10 +209,7 @@ async def _engine_on(
         runner = scripted(cache, gate)
     else:
         runner, cache = model
-        num_landing = cache.num_bytes - cache.staging_offset
-        staging = StagingPlan(
-            cache.layout, cache.num_blocks, packs=False, landing_num_bytes=num_landing
-        )
+        staging = staging_of(cache)
     bridge = StepBridge(asyncio.get_running_loop(), on_failure=failures.append)
     engine = make_engine(
         runner, cache, limits=limits, sink=bridge, on_failure=failures.append,
