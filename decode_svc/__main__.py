@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from decode_svc.area import LandingArea
 from decode_svc.config import DecodeConfig
+from decode_svc.fetcher import Fetcher
 from decode_svc.holder import HolderClient
 from decode_svc.landing import Lander, LandingLimits
 from decode_svc.service import DecodeServicer
@@ -82,7 +83,13 @@ def _lander(
     return Lander(
         engine=parts.engine,
         cache=parts.model.cache,
-        area=LandingArea(offset=staging.landing_offset, num_bytes=staging.landing_num_bytes),
+        fetcher=Fetcher(
+            cache=parts.model.cache,
+            area=LandingArea(offset=staging.landing_offset, num_bytes=staging.landing_num_bytes),
+            speeds=speeds,
+            metrics=parts.metrics,
+            clock=parts.clock,
+        ),
         transports=_transports(config, name, parts),
         holders=HolderClient(
             channels,
@@ -94,7 +101,6 @@ def _lander(
             release_timeout_s=config.release_timeout_s,
         ),
         limits=LandingLimits(batch_num_bytes=config.batch_mib << 20),
-        speeds=speeds,
         metrics=parts.metrics,
         clock=parts.clock,
     )

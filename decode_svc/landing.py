@@ -16,26 +16,25 @@ transport has stopped writing, which its `pull` promises once it has returned or
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
 
 import structlog
 
-from decode_svc.area import LandingArea
 from decode_svc.convert import HandoffCost
+from decode_svc.fetcher import Fetcher, over
 from decode_svc.holder import HolderClient
 from decode_svc.intake import Expected, Intake, IntakeState
+from decode_svc.under_way import Landing, Source
 from kvrelay.clock import Clock
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import EngineRequest, Granted
 from kvrelay.errors import HandoffLost, KvCorrupt, KvPoolExhausted, QuiescenceLost, ServingError
-from kvrelay.handoff.forms import unpacking_for
 from kvrelay.kv.cache import KvCache
 from kvrelay.obs.metrics import WorkerMetrics
-from kvrelay.transfer.base import BlockCopy, BlockGeneration, KvTransport, PullStats, RemoteHold
+from kvrelay.transfer.base import BlockGeneration, KvTransport
 from kvrelay.transfer.build import transport_for
-from kvrelay.transfer.digest import DigestKind, handoff_digest, range_digests
-from kvrelay.transfer.speeds import LinkSpeeds
+from kvrelay.transfer.digest import handoff_digest
 
 log = structlog.get_logger(__name__)
 
@@ -46,73 +45,6 @@ class LandingLimits:
 
     batch_num_bytes: int
     """Most bytes fetched between two looks at what else has been announced."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where KV is, and whether it is that of a sequence that runs there."""
-
-    hold: RemoteHold
-    is_running: bool
-
-
-@dataclass(slots=True, eq=False)
-class _Landing:
-    """One handoff under way."""
-
-    request: EngineRequest
-    source: Source
-    transport: KvTransport
-    intake: Intake
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    listener: "asyncio.Task[None] | None" = None
-    """Hears the holder; it ends by itself when the hold does, or something went wrong."""
-
-    measuring: "set[asyncio.Task[None]]" = field(default_factory=set)
-    is_submitted: bool = False
-    """Whether the engine knows the sequence, so that somebody must release it."""
-
-    is_freezing: bool = False
-    is_released: bool = False
-    """Whether the holder knows that we have everything."""
-
-    num_cached_tokens: int = 0
-    first_announced_s: float | None = None
-    granted_s: float | None = None
-    announced_s: float | None = None
-    """When nothing was left to be announced."""
-
-    landed_s: float = 0.0
-    num_overlapped_bytes: int = 0
-    """Landed before the last announcement."""
-
-    pull_s: float = 0.0
-
-    @property
-    def hold(self) -> RemoteHold:
-        return self.source.hold
-
-    @property
-    def is_waiting_for_blocks(self) -> bool:
-        return self.is_submitted and self.granted_s is None
-
-    @property
-    def grant_wait_s(self) -> float:
-        if self.first_announced_s is None or self.granted_s is None:
-            return 0.0
-        return max(0.0, self.granted_s - self.first_announced_s)
-
-    @property
-    def lost(self) -> BaseException | None:
-        """Why the holder is heard no more, if not for a good end."""
-        if self.listener is None or not self.listener.done() or self.listener.cancelled():
-            return None
-        return self.listener.exception()
-
-    def require_holder(self) -> None:
-        """Raises whatever ended the listener, our own bugs included."""
-        if self.lost is not None:
-            raise self.lost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,24 +68,22 @@ class Lander:
         *,
         engine: Engine,
         cache: KvCache,
-        area: LandingArea,
+        fetcher: Fetcher,
         transports: Sequence[KvTransport],
         holders: HolderClient,
         limits: LandingLimits,
-        speeds: LinkSpeeds,
         metrics: WorkerMetrics,
         clock: Clock,
     ) -> None:
         self._engine = engine
         self._cache = cache
-        self._area = area
+        self._fetcher = fetcher
         self._transports = transports
         self._holders = holders
         self._limits = limits
-        self._speeds = speeds
         self._metrics = metrics
         self._clock = clock
-        self._landings: dict[str, _Landing] = {}  # by seq_id
+        self._landings: dict[str, Landing] = {}  # by seq_id
 
     @property
     def num_landing(self) -> int:
@@ -220,7 +150,7 @@ class Lander:
                 if landing.is_submitted and is_quiet:
                     self._engine.release(request.seq_id)
 
-    def _begin(self, request: EngineRequest, source: Source, transport: KvTransport) -> _Landing:
+    def _begin(self, request: EngineRequest, source: Source, transport: KvTransport) -> Landing:
         expected = Expected(
             num_prompt=len(request.prompt_ids),
             emitted_ids=request.output_ids,
@@ -232,9 +162,9 @@ class Lander:
         intake = Intake(
             source.hold.handoff_id,
             expected,
-            max_batch_bytes=min(self._limits.batch_num_bytes, self._area.num_bytes // 2),
+            max_batch_bytes=min(self._limits.batch_num_bytes, self._fetcher.max_batch_bytes),
         )
-        return _Landing(request, source, transport, intake)
+        return Landing(request, source, transport, intake)
 
     def _require_fits(self, request: EngineRequest) -> None:
         """Refuse at once what the engine would refuse when the first bytes are ready."""
@@ -246,7 +176,7 @@ class Lander:
     # The holder
 
     @asynccontextmanager
-    async def _listening(self, landing: _Landing) -> AsyncIterator[None]:
+    async def _listening(self, landing: Landing) -> AsyncIterator[None]:
         """Hear the holder's announcements meanwhile. Listening tells it that we live."""
         listener = landing.listener = asyncio.create_task(self._listen(landing))
         listener.add_done_callback(lambda _: landing.changed.set())
@@ -259,10 +189,10 @@ class Lander:
             if not isinstance(landing.lost, ServingError):
                 landing.require_holder()
 
-    async def _listen(self, landing: _Landing) -> None:
+    async def _listen(self, landing: Landing) -> None:
         announcements = self._holders.announcements(
             landing.hold,
-            digest_kind=_digest_kind(landing.transport),
+            digest_kind=landing.digest_kind,
             is_running=landing.source.is_running,
             limit_tokens=landing.request.landing_tokens,
         )
@@ -273,7 +203,7 @@ class Lander:
                 landing.changed.set()
         landing.intake.require_complete()
 
-    def _note(self, landing: _Landing) -> None:
+    def _note(self, landing: Landing) -> None:
         intake = landing.intake
         if landing.first_announced_s is None and intake.announced:
             landing.first_announced_s = self._clock.now()
@@ -283,7 +213,7 @@ class Lander:
 
     # The bytes
 
-    async def _bring(self, landing: _Landing) -> Landed:
+    async def _bring(self, landing: Landing) -> Landed:
         """Until every byte is here, verified and behind the fence."""
         try:
             await self._fetch(landing)
@@ -298,11 +228,11 @@ class Lander:
                     releasing.cancel()
                     await asyncio.gather(releasing, return_exceptions=True)
         finally:
-            await _over(landing.measuring)
+            await over(landing.measuring)
         landing.is_released = not is_fenced
         return self._landed(landing, verified_s=verified_s)
 
-    def _is_fenced(self, landing: _Landing) -> bool:
+    def _is_fenced(self, landing: Landing) -> bool:
         """Whether we have seen for ourselves that the holder's blocks were the same until all
         was here. If not, the holder has to say so. A sequence that moves changes hands, and
         that takes its holder's word in any case.
@@ -323,10 +253,10 @@ class Lander:
             )
         return is_same is True
 
-    async def _release(self, landing: _Landing) -> None:
+    async def _release(self, landing: Landing) -> None:
         await self._holders.release(landing.hold, landing.intake.generations)
 
-    async def _let_go(self, landing: _Landing) -> None:
+    async def _let_go(self, landing: Landing) -> None:
         """Tell the holder that we have everything, if it was not asked before. If it does not
         hear that, it takes its blocks back when the request ends.
         """
@@ -339,7 +269,7 @@ class Lander:
                 "handoff.not_released", handoff_id=landing.hold.handoff_id, reason=error.reason
             )
 
-    async def _fetch(self, landing: _Landing) -> None:
+    async def _fetch(self, landing: Landing) -> None:
         """Until every block has landed."""
         intake = landing.intake
         while intake.state not in (IntakeState.LANDED, IntakeState.VERIFIED):
@@ -350,7 +280,7 @@ class Lander:
                 self._engine.submit(landing.request)
                 landing.is_submitted = True
             if intake.has_batch:
-                await self._fetch_batch(landing)
+                await self._fetcher.fetch(landing)
             elif self._is_time_to_freeze(landing):
                 landing.is_freezing = True
                 await self._holders.freeze(landing.hold)
@@ -358,7 +288,7 @@ class Lander:
                 await landing.changed.wait()
         landing.landed_s = max(landing.landed_s, landing.announced_s or 0.0)
 
-    def _is_time_to_freeze(self, landing: _Landing) -> bool:
+    def _is_time_to_freeze(self, landing: Landing) -> bool:
         intake = landing.intake
         return (
             landing.source.is_running
@@ -366,107 +296,7 @@ class Lander:
             and intake.state is IntakeState.GRANTED
         )
 
-    async def _fetch_batch(self, landing: _Landing) -> None:
-        """Fetch what is announced, and have it measured while the next batch is fetched."""
-        if len(landing.measuring) > 1:
-            await asyncio.wait(landing.measuring, return_when=asyncio.FIRST_COMPLETED)
-        intake = landing.intake
-        batch = intake.next_batch()
-        async with AsyncExitStack() as held:
-            copies = await self._copies(landing, batch, held)
-            stats = await self._pull(landing, copies, held)
-            intake.landed(batch)
-            landing.landed_s = self._clock.now()
-            landing.pull_s += stats.elapsed_s
-            self._metrics.observe_pull(num_bytes=stats.num_bytes, elapsed_s=stats.elapsed_s)
-            self._speeds.observe(
-                landing.hold.worker_id,
-                landing.transport.name,
-                num_bytes=stats.num_bytes,
-                elapsed_s=stats.elapsed_s,
-                now_s=landing.landed_s,
-            )
-            # Not in the task: that would wait for its turn behind whatever else goes on.
-            taking_in = asyncio.get_running_loop().run_in_executor(
-                None, self._take_in, landing, batch, copies
-            )
-            measuring = asyncio.create_task(
-                self._measure(landing, batch, taking_in, held.pop_all())
-            )
-        landing.measuring.add(measuring)
-        measuring.add_done_callback(lambda _: landing.changed.set())
-
-    async def _pull(
-        self, landing: _Landing, copies: Sequence[BlockCopy], held: AsyncExitStack
-    ) -> PullStats:
-        try:
-            return await landing.transport.pull(landing.hold, copies)
-        except QuiescenceLost:
-            held.pop_all()  # nobody else may have that memory again
-            raise
-
-    async def _copies(
-        self, landing: _Landing, batch: Sequence[int], held: AsyncExitStack
-    ) -> list[BlockCopy]:
-        """Where each block goes: to ours if it comes as we keep it, else to the landing area."""
-        intake = landing.intake
-        num_bytes = intake.wire_layout.block_num_bytes
-        if intake.is_as_kept:
-            targets = [intake.block_table[index] * num_bytes for index in batch]
-        else:
-            start = await held.enter_async_context(self._area.part(len(batch) * num_bytes))
-            targets = [start + i * num_bytes for i in range(len(batch))]
-        return [
-            BlockCopy(
-                index=index,
-                source_offset=intake.announced[index].offset_bytes,
-                target_offset=target,
-                num_bytes=num_bytes,
-            )
-            for index, target in zip(batch, targets, strict=True)
-        ]
-
-    async def _measure(
-        self,
-        landing: _Landing,
-        batch: Sequence[int],
-        taking_in: "asyncio.Future[list[int]]",
-        held: AsyncExitStack,
-    ) -> None:
-        async with held:
-            digests = await taking_in
-        landing.intake.measured(batch, digests)
-
-    def _take_in(
-        self, landing: _Landing, batch: Sequence[int], copies: Sequence[BlockCopy]
-    ) -> list[int]:
-        """Digests of what has landed, and the blocks where they are computed with. For a thread.
-
-        Nobody computes with what the digests do not verify.
-        """
-        cache, intake = self._cache, landing.intake
-        ranges = [(copy.target_offset, copy.num_bytes) for copy in copies]
-        digests = range_digests(cache, ranges, _digest_kind(landing.transport))
-        own, its = cache.layout, intake.wire_layout
-        first = max(intake.first_token, batch[0] * its.block_size)
-        end = min(intake.num_tokens, (batch[-1] + 1) * its.block_size)
-        blocks = intake.block_table[first // own.block_size : own.num_blocks_for(end)]
-        if not intake.is_as_kept:
-            unpack = unpacking_for(_digest_kind(landing.transport))
-            unpack(
-                cache,
-                its,
-                [copy.target_offset for copy in copies],
-                first_wire_index=batch[0],
-                block_table=intake.block_table,
-                first_token=first,
-                end_token=end,
-            )
-        if landing.transport.lands_on == "host":
-            cache.landed(blocks)
-        return digests
-
-    def _require_measured(self, landing: _Landing) -> None:
+    def _require_measured(self, landing: Landing) -> None:
         """Raises what a measurement has found wrong so far."""
         for task in [task for task in landing.measuring if task.done()]:
             landing.measuring.discard(task)
@@ -474,7 +304,7 @@ class Lander:
 
     # The end
 
-    async def _verified(self, landing: _Landing, releasing: "asyncio.Task[None] | None") -> float:
+    async def _verified(self, landing: Landing, releasing: "asyncio.Task[None] | None") -> float:
         """Wait until all that landed is what was announced, for our request; when it was.
 
         Bytes of a hold that lapsed may be another's: then that is what happened to them.
@@ -494,10 +324,10 @@ class Lander:
             raise
         return self._clock.now()
 
-    def _is_measured(self, landing: _Landing) -> bool:
+    def _is_measured(self, landing: Landing) -> bool:
         return landing.intake.completion is not None and not landing.measuring
 
-    def _landed(self, landing: _Landing, *, verified_s: float) -> Landed:
+    def _landed(self, landing: Landing, *, verified_s: float) -> Landed:
         intake = landing.intake
         assert intake.completion is not None
         assert landing.announced_s is not None
@@ -519,7 +349,7 @@ class Lander:
             cost=cost,
         )
 
-    def _log(self, landing: _Landing, cost: HandoffCost) -> None:
+    def _log(self, landing: Landing, cost: HandoffCost) -> None:
         log.info(
             "handoff.landed",
             handoff_id=landing.hold.handoff_id,
@@ -531,7 +361,7 @@ class Lander:
             pull_s=round(landing.pull_s, 6),
         )
 
-    def _handoff_digest(self, landing: _Landing) -> bytes:
+    def _handoff_digest(self, landing: Landing) -> bytes:
         """What the holder must have said if it computed our request. Its blocks' digests are
         those it announced; blocks that we had cached are our own, and were not moved.
         """
@@ -546,10 +376,6 @@ class Lander:
         )
 
 
-def _digest_kind(transport: KvTransport) -> DigestKind:
-    return DigestKind.XXH3 if transport.lands_on == "host" else DigestKind.LANES64
-
-
 async def _unless_lapsed(releasing: "asyncio.Task[None]") -> None:
     """Raise HandoffLost if that is the holder's answer; any other says nothing about the bytes."""
     try:
@@ -558,20 +384,3 @@ async def _unless_lapsed(releasing: "asyncio.Task[None]") -> None:
         raise
     except ServingError as error:
         log.info("handoff.not_released", reason=error.reason)
-
-
-async def _over(tasks: "set[asyncio.Task[None]]") -> None:
-    """Wait until all have ended, cancelled or not: their threads write to blocks that the caller
-    may free.
-    """
-    was_cancelled = False
-    while any(not task.done() for task in tasks):
-        try:
-            await asyncio.wait(tasks)
-        except asyncio.CancelledError:
-            was_cancelled = True
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()  # seen: whoever waits here has one of its own
-    if was_cancelled:
-        raise asyncio.CancelledError

@@ -20,7 +20,8 @@ import structlog
 
 from decode_svc import convert
 from decode_svc.convert import HandoffCost, Outcome, PrefillCost
-from decode_svc.landing import Landed, Lander, Source
+from decode_svc.landing import Landed, Lander
+from decode_svc.under_way import Source
 from kvrelay.clock import Clock
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import (

@@ -161,7 +161,7 @@ def up(
     ] = None,
     wire_dtype: Annotated[
         KvDtype | None,
-        typer.Option(help="Of KV on its way; fp8 and int8 halve bfloat16. Default: the workers'."),
+        typer.Option(help="Of KV as it travels; fp8 and int8 are half of bfloat16. Default: auto."),
     ] = None,
     threads: Annotated[
         int, typer.Option(min=0, help="Most of each worker. 0: all cores, shared as needed.")

@@ -4,14 +4,8 @@ from collections.abc import Sequence
 from typing import get_args
 
 from kvrelay.errors import Incompatible, InvalidRequest
+from kvrelay.handoff.announcement import Announcement, BlockRun, Completed, DigestRun, Opened
 from kvrelay.handoff.holds import PullTerms
-from kvrelay.handoff.keeper import (
-    Announcement,
-    BlockRun,
-    Completed,
-    DigestRun,
-    Opened,
-)
 from kvrelay.rpc import convert, submit
 from kvrelay.transfer.digest import DigestKind
 from kvrelay.transfer.wire_choice import WireDtype, wire_layout_for

@@ -15,7 +15,7 @@ somebody else, and the puller's `Release` will be refused, so the copy is droppe
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import structlog
@@ -24,74 +24,24 @@ from kvrelay.clock import Clock
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import ChunkDone
 from kvrelay.errors import HandoffLost, InvalidRequest, QuiescenceLost
-from kvrelay.handoff.forms import packing_for
+from kvrelay.handoff.announcement import (
+    Announcement,
+    BlockRun,
+    Completed,
+    DigestRun,
+    Opened,
+    WireBlock,
+)
 from kvrelay.handoff.holds import AnnouncedBlock, Hold, HoldLimits, Holds, HoldState, PullTerms
+from kvrelay.handoff.packer import Packer
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
 from kvrelay.kv.staging import StagingPlan
 from kvrelay.obs.metrics import WorkerMetrics
 from kvrelay.transfer.digest import DigestKind, handoff_digest, range_digests
 from kvrelay.transfer.frames import frames_of
-from kvrelay.types import BlockId
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """The hold exists, how large it is, and in which form its blocks lie."""
-
-    num_tokens: int
-    num_blocks: int
-    wire_layout: KvLayout
-    is_running: bool
-
-
-@dataclass(frozen=True, slots=True)
-class WireBlock:
-    """A block as it is moved."""
-
-    block_id: BlockId
-    generation: int
-    offset_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class BlockRun:
-    """More blocks are ready; runs follow each other without a gap."""
-
-    first_index: int
-    blocks: tuple[WireBlock, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DigestRun:
-    """Digests of blocks announced before; runs follow each other without a gap."""
-
-    first_index: int
-    digests: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """Everything is ready. The digest binds the blocks to the tokens."""
-
-    output_ids: tuple[int, ...]
-    num_tokens: int
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Announcement:
-    """What there is to tell a puller now, in the order of these fields; at least one of them."""
-
-    opened: Opened | None = None
-    blocks: BlockRun | None = None
-    digests: DigestRun | None = None
-    completed: Completed | None = None
-
-    def __bool__(self) -> bool:
-        return self != Announcement()
 
 
 @dataclass(slots=True)
@@ -100,9 +50,6 @@ class _Kept:
 
     on_end: Callable[[HoldState], None]
     changed: asyncio.Event
-    packing: asyncio.Lock
-    """Pulls of one hold share the work."""
-
     digesting: "asyncio.Future[list[int]] | None" = None
 
     last_word: Completed | None = None
@@ -130,7 +77,7 @@ class HoldKeeper:
         self.holds = Holds(block_size=cache.layout.block_size, limits=limits)
         self.cache = cache
         self.limits = limits
-        self._staging = staging
+        self._packer = Packer(cache, staging)
         self._engine = engine
         self._metrics = metrics
         self._clock = clock
@@ -195,13 +142,6 @@ class HoldKeeper:
 
     # For the puller
 
-    def wire_layout(self, terms: PullTerms) -> KvLayout:
-        """In which form blocks are moved on these terms: ours where we cannot pack to theirs."""
-        own = self.cache.layout
-        if self._staging.can_pack_to(terms.wire_dtype):
-            return replace(own, dtype=terms.wire_dtype)
-        return own
-
     async def announcements(
         self, handoff_id: str, puller_id: str, terms: PullTerms
     ) -> AsyncGenerator[Announcement, None]:
@@ -226,7 +166,7 @@ class HoldKeeper:
             if hold.is_running:
                 self._engine.limit(hold.seq_id, terms.limit_tokens)
             opened = Opened(
-                hold.num_tokens, hold.num_blocks, self.wire_layout(terms), hold.is_running
+                hold.num_tokens, hold.num_blocks, self._packer.wire_layout(terms), hold.is_running
             )
             yield Announcement(opened=opened)
             async with aclosing(self._progress(hold, kept, terms)) as events:
@@ -240,7 +180,7 @@ class HoldKeeper:
     async def _progress(
         self, hold: Hold, kept: _Kept, terms: PullTerms
     ) -> AsyncGenerator[Announcement, None]:
-        layout = self.wire_layout(terms)
+        layout = self._packer.wire_layout(terms)
         announced, digests = hold.announced, hold.digests  # an ended hold forgets them
         num_sent = num_digests_sent = 0
         is_complete_sent = False
@@ -251,7 +191,7 @@ class HoldKeeper:
             if hold.state is not HoldState.RELEASED:
                 hold.require_alive()
             if hold.is_alive and hold.ready_unannounced:
-                await self._announce(hold, kept, layout, terms)
+                await self._announce(hold, layout, terms)
             self._have_digested(hold, kept, layout, terms)
             news = Announcement(
                 blocks=self._blocks(announced, num_sent, layout),
@@ -271,27 +211,25 @@ class HoldKeeper:
         if first == len(announced):
             return None
         blocks = (
-            WireBlock(it.block_id, it.generation, self._offset(it.block_id, layout))
+            WireBlock(it.block_id, it.generation, self._packer.offset(it.block_id, layout))
             for it in announced[first:]
         )
         return BlockRun(first, tuple(blocks))
 
-    async def _announce(self, hold: Hold, kept: _Kept, layout: KvLayout, terms: PullTerms) -> None:
-        """Announce what is ready, packed first, in a thread, where it travels in another form."""
-        async with kept.packing:
-            blocks = hold.ready_unannounced
-            if not (hold.is_alive and blocks):
+    async def _announce(self, hold: Hold, layout: KvLayout, terms: PullTerms) -> None:
+        """Announce what is ready, packed first where it travels in another form."""
+        async with self._packer.turn:  # which pulls of one hold take as well
+            ready = hold.ready_unannounced
+            if not (hold.is_alive and ready):
                 return
-            generations = self._engine.generations(blocks)
-            if layout != self.cache.layout:
-                offsets = [self._offset(block, layout) for block in blocks]
-                pack = packing_for(DigestKind(terms.digest_kind))
-                await asyncio.to_thread(pack, self.cache, blocks, layout, offsets)
-                # The hold may have lapsed meanwhile; then anything was packed.
-                hold.require_alive()
-            self.holds.announce(
-                hold, [AnnouncedBlock(*pair) for pair in zip(blocks, generations, strict=True)]
+            generations = self._engine.generations(ready)
+            blocks = [AnnouncedBlock(*pair) for pair in zip(ready, generations, strict=True)]
+            await self._packer.pack(
+                blocks, layout, DigestKind(terms.digest_kind), may_grow=hold.is_running
             )
+            # The hold may have lapsed meanwhile; then anything was packed.
+            hold.require_alive()
+            self.holds.announce(hold, blocks)
         self._changed(hold)
 
     def _have_digested(self, hold: Hold, kept: _Kept, layout: KvLayout, terms: PullTerms) -> None:
@@ -301,7 +239,9 @@ class HoldKeeper:
         if not (hold.is_alive and hold.undigested) or kept.digesting is not None:
             return
         num_bytes = layout.block_num_bytes
-        ranges = [(self._offset(block.block_id, layout), num_bytes) for block in hold.undigested]
+        ranges = [
+            (self._packer.offset(block.block_id, layout), num_bytes) for block in hold.undigested
+        ]
         # Not as a task: that would wait for its turn behind whatever is being sent.
         kept.digesting = asyncio.get_running_loop().run_in_executor(
             None, range_digests, self.cache, ranges, DigestKind(terms.digest_kind)
@@ -356,9 +296,9 @@ class HoldKeeper:
                 )
         if hold.terms is None:
             return []
-        layout = self.wire_layout(hold.terms)
+        layout = self._packer.wire_layout(hold.terms)
         return [
-            (self._offset(hold.announced[index].block_id, layout), layout.block_num_bytes)
+            (self._packer.offset(hold.announced[index].block_id, layout), layout.block_num_bytes)
             for index in indexes
         ]
 
@@ -457,18 +397,10 @@ class HoldKeeper:
         kept.on_end(hold.state)
         self._forget_if_gone(hold)
 
-    def _offset(self, block: int, layout: KvLayout) -> int:
-        own = self.cache.layout
-        if layout == own:
-            return block * own.block_num_bytes
-        return self._staging.offset(block, layout.dtype)
-
     def _keep(self, hold: Hold) -> _Kept:
         kept = self._kept.get(hold)
         if kept is None:
-            kept = self._kept[hold] = _Kept(
-                on_end=_nothing, changed=asyncio.Event(), packing=asyncio.Lock()
-            )
+            kept = self._kept[hold] = _Kept(on_end=_nothing, changed=asyncio.Event())
         return kept
 
     def _forget_if_gone(self, hold: Hold) -> None:

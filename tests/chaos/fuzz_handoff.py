@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from kvrelay.transfer import nixl
+from kvrelay.transfer.chaos_spec import Damage
 from tests.support.handoffs import HARMS, Tally, handoffs
 
 TELL_EVERY = 100
@@ -147,15 +148,13 @@ async def follow(
 
 def table(report: Report) -> Table:
     """By transport: what was caught, what passed, and what should not have."""
-    shown = Table(title="Handoffs")
-    for name in ("transport", *(str(getattr(harm, "value", harm)) for harm in HARMS)):
-        shown.add_column(name, justify="left" if name == "transport" else "right")
-    for name in ("caught", "clean", "wrong"):
-        shown.add_column(name, justify="right")
-    for name, tally in report.tallies.items():
-        by_harm = (str(tally.caught[getattr(harm, "value", harm)]) for harm in HARMS)
-        sums = (tally.num_caught, tally.num_clean, len(tally.wrong))
-        shown.add_row(name, *by_harm, *map(str, sums))
+    tallies = report.tallies
+    shown = Table("", *tallies, title="Handoffs")
+    for harm in HARMS:
+        name = harm.value if isinstance(harm, Damage) else harm
+        shown.add_row(f"caught: {name}", *(str(tally.caught[name]) for tally in tallies.values()))
+    shown.add_row("clean", *(str(tally.num_clean) for tally in tallies.values()))
+    shown.add_row("wrong", *(str(len(tally.wrong)) for tally in tallies.values()))
     return shown
 
 

@@ -26,6 +26,7 @@ from tests.support.handoff_proxy import (
     then,
 )
 from tests.support.proxied_pool import Node, ProxiedPool, proxied_pool
+from tests.support.workers import until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(60)]
 
@@ -125,8 +126,9 @@ async def test_without_a_fault_every_step_is_seen(transport):
             answer = await pool.ask(prompt_ids, MAX_TOKENS)
             pool.require_right(answer, prompt_ids, MAX_TOKENS)
             assert answer.error is None
+        await until(lambda: pool.seen["release_answered"] == len(PROMPTS))
         seen = pool.seen
 
     only_by_stream = {"read_asked", "frame"} if transport == "shm" else set()
     assert set(PREFILL_STEPS) - only_by_stream <= set(seen)
-    assert all(seen[step] == len(PROMPTS) for step in ("opened", "complete", "release_answered"))
+    assert seen["opened"] == seen["complete"] == len(PROMPTS)

@@ -18,15 +18,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrelay.clock import MonotonicClock
-from kvrelay.errors import HandoffLost, Incompatible, KvCorrupt, PeerUnavailable
+from kvrelay.errors import HandoffLost, KvCorrupt, PeerUnavailable
 from kvrelay.transfer import manifest
-from kvrelay.transfer.base import RemoteHold
-from kvrelay.transfer.shm import ShmTransport, runs_of
+from kvrelay.transfer.base import BlockCopy, BlockGeneration, RemoteHold
+from kvrelay.transfer.shm import Run, ShmTransport, runs_of
 from kvrelay.transfer.shm_serve import ADDRESS_PREFIX, DescriptorServer
 from kvrelay.types import TransportOffer
 from tests.support.kv_peer import HANDOFF, SMALL, copies_of, open_peer
 
-GOOD = manifest.CacheManifest(worker_id="p", epoch="e", layout=SMALL, num_blocks=4)
+GOOD = manifest.MemoryManifest(
+    worker_id="p",
+    epoch="e",
+    num_bytes=10_000,
+    resident_num_bytes=9_000,
+    num_blocks=4,
+    generations_offset=9_984,
+)
 
 
 def remote_at(address: str) -> RemoteHold:
@@ -62,14 +69,8 @@ def memory(num_bytes: int, *, sealed: bool) -> Iterator[int]:
         (GOOD, GOOD.num_bytes + 1, True, KvCorrupt),
         (replace(GOOD, epoch="other"), GOOD.num_bytes, True, HandoffLost),
         (replace(GOOD, worker_id="other"), GOOD.num_bytes, True, HandoffLost),
-        (
-            replace(GOOD, layout=replace(SMALL, block_size=32), num_blocks=2),
-            GOOD.num_bytes,
-            True,
-            Incompatible,
-        ),
     ],
-    ids=["unsealed", "short", "long", "other-epoch", "other-worker", "other-layout"],
+    ids=["unsealed", "short", "long", "other-epoch", "other-worker"],
 )
 async def test_memory_that_is_not_what_was_promised_is_never_mapped(said, num_bytes, sealed, error):
     """A holder that lies, or is not the one meant, costs a refusal and nothing else."""
@@ -162,8 +163,15 @@ async def test_a_pull_cancelled_while_it_connects_leaves_nothing(num_turns):
 async def test_a_source_outside_of_the_holders_cache_is_refused():
     """An announcement of a block that does not exist reads nothing."""
     async with open_peer("shm") as holder, open_peer("shm", worker_id="d") as puller:
-        with pytest.raises(KvCorrupt, match="block 16"):
-            await puller.transport.pull(holder.hold(), copies_of([(0, 0), (16, 1)]))
+        outside = holder.cache.num_bytes
+        for offset in (outside - SMALL.block_num_bytes + 1, outside, 1 << 60):
+            before = puller.block(0)
+            (inside,) = copies_of([(0, 0)])
+            with pytest.raises(KvCorrupt, match=f"at {offset} announced by prefill-0"):
+                await puller.transport.pull(
+                    holder.hold(), [inside, replace(inside, source_offset=offset)]
+                )
+            assert puller.block(0) == before
 
 
 async def test_the_descriptor_passed_on_cannot_be_written_through():
@@ -227,15 +235,37 @@ async def test_a_holder_turns_away_more_peers_than_it_has_room_for():
 )
 def test_runs_are_the_copies_in_order(pairs, max_blocks):
     """Joining neighbours changes neither what is copied nor the order, and keeps the bound."""
-    runs = runs_of(copies_of(pairs), max_blocks=max_blocks)
-    assert all(1 <= run.num_blocks <= max_blocks for run in runs)
-    spread = [(run.source + i, run.target + i) for run in runs for i in range(run.num_blocks)]
+    size = SMALL.block_num_bytes
+    runs = runs_of(copies_of(pairs), max_bytes=max_blocks * size)
+    assert all(size <= run.num_bytes <= max_blocks * size for run in runs)
+    spread = [
+        ((run.source_offset + at) // size, (run.target_offset + at) // size)
+        for run in runs
+        for at in range(0, run.num_bytes, size)
+    ]
     assert spread == pairs
 
 
 def test_neighbours_are_one_run():
     """A whole handoff that lies in one piece on both sides is one copy."""
-    assert len(runs_of(copies_of([(i + 3, i + 9) for i in range(40)]), max_blocks=64)) == 1
+    copies = copies_of([(i + 3, i + 9) for i in range(40)])
+    (run,) = runs_of(copies, max_bytes=1 << 30)
+    assert (run.source_offset, run.num_bytes) == (
+        copies[0].source_offset,
+        40 * SMALL.block_num_bytes,
+    )
+
+
+def test_copies_of_any_size_are_joined_where_they_meet():
+    """A transport knows nothing of blocks: ranges of bytes may be of any size."""
+    sizes = (1, 100, 3, 4096)
+    starts = (7, 8, 108, 111)
+    copies = [
+        BlockCopy(index=i, source_offset=start, target_offset=start + 50, num_bytes=size)
+        for i, (start, size) in enumerate(zip(starts, sizes, strict=True))
+    ]
+    assert runs_of(copies, max_bytes=1 << 20) == [Run(7, 57, sum(sizes))]
+    assert [run.num_bytes for run in runs_of(copies, max_bytes=104)] == [104, 4096]
 
 
 async def test_bytes_written_by_the_holder_are_seen_without_remapping():

@@ -11,13 +11,14 @@ import contextlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from coordinator.request import GenerateSpec, TokenPrompt
 from kvrelay.clock import MonotonicClock
 from kvrelay.errors import ServingError
-from kvrelay.events import Delta
+from kvrelay.events import Delta, Finished
 from kvrelay.handoff.holds import HoldLimits
 from kvrelay.rpc.membership import Membership
 from kvrelay.types import Fingerprint, Role, WorkerIdentity
@@ -66,8 +67,11 @@ class Node:
     proxy: HandoffProxy
     coordinator: str
     transport: str
-    step_s: float
     stack: contextlib.AsyncExitStack
+    step_s: float = 0.0
+    num_blocks: int = NUM_BLOCKS
+    hold_limits: HoldLimits = HOLD_LIMITS
+    gate: "Pace | None" = None
     bench: Bench | None = None
     joining: "asyncio.Task[None] | None" = None
     num_starts: int = 0
@@ -75,18 +79,18 @@ class Node:
     async def start(self) -> None:
         """Serve behind the proxy, and join the pool."""
         worker = prefill_worker if self.role is Role.PREFILL else decode_worker
-        options: dict = (
+        options: dict[str, Any] = (
             {} if self.role is Role.PREFILL else {"release_timeout_s": RELEASE_TIMEOUT_S}
         )
-        gate = Pace(self.step_s) if self.step_s else None
+        self.gate = Pace(self.step_s) if self.step_s else None
         bench = self.bench = await self.stack.enter_async_context(
             worker(
                 worker_id=self.name,
                 epoch=secrets.token_hex(8),
-                hold_limits=HOLD_LIMITS,
-                num_blocks=NUM_BLOCKS,
+                hold_limits=self.hold_limits,
+                num_blocks=self.num_blocks,
                 fingerprint=FINGERPRINT,
-                gate=gate,
+                gate=self.gate,
                 **options,
             )
         )
@@ -109,7 +113,7 @@ class Node:
             address=self.proxy.address,
             pid=1,
             fingerprint=FINGERPRINT,
-            num_blocks=NUM_BLOCKS,
+            num_blocks=self.num_blocks,
             max_sequences=8,
             offers=(bench.offer(self.transport),),
         )
@@ -154,6 +158,7 @@ class Answer:
 
     token_ids: tuple[int, ...]
     error: ServingError | None = None
+    lost_attempts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -209,6 +214,7 @@ class ProxiedPool:
             prompt=TokenPrompt(tuple(prompt_ids)), max_tokens=max_tokens, temperature=0.0
         )
         token_ids: list[int] = []
+        ledger = None
         try:
             events = self.coordinator.relay.generate(spec, time_left_s=timeout_s)
             async with contextlib.aclosing(events):
@@ -216,9 +222,12 @@ class ProxiedPool:
                     if isinstance(event, Delta):
                         assert event.position == len(token_ids), "a gap or a repeat"
                         token_ids += event.token_ids
+                    elif isinstance(event, Finished):
+                        ledger = event.ledger
         except ServingError as error:
             return Answer(tuple(token_ids), error)
-        return Answer(tuple(token_ids))
+        assert ledger is not None
+        return Answer(tuple(token_ids), None, ledger.lost_attempts)
 
     def require_right(self, answer: Answer, prompt_ids: Sequence[int], max_tokens: int) -> None:
         """All tokens, or the first ones and a typed error; never another."""
@@ -242,19 +251,23 @@ async def proxied_pool(
     num_prefill: int = 1,
     num_decode: int = 1,
     transport: str = "shm",
-    step_s: float = 0.0,
+    prefill: Mapping[str, Any] | None = None,
+    decode: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[ProxiedPool]:
-    """Workers that have joined, and at the end: none failed, and every block is given back."""
+    """Workers that have joined, and at the end: none failed, and every block is given back.
+
+    `prefill` and `decode` are more of a `Node`.
+    """
     async with contextlib.AsyncExitStack() as stack:
         coordinator = await stack.enter_async_context(
             scripted_coordinator(suspect_after_s=1.0, queue_limit_s=5.0)
         )
         pool = ProxiedPool(coordinator, [])
-        names = [(Role.PREFILL, f"p{i}") for i in range(num_prefill)]
-        names += [(Role.DECODE, f"d{i}") for i in range(num_decode)]
-        for role, name in names:
+        names = [(Role.PREFILL, f"p{i}", prefill) for i in range(num_prefill)]
+        names += [(Role.DECODE, f"d{i}", decode) for i in range(num_decode)]
+        for role, name, more in names:
             proxy = await stack.enter_async_context(proxy_before())
-            node = Node(role, name, proxy, coordinator.address, transport, step_s, stack)
+            node = Node(role, name, proxy, coordinator.address, transport, stack, **(more or {}))
             await node.start()
             pool.nodes.append(node)
         await until_members(pool, len(names))

@@ -15,6 +15,7 @@ import grpc
 from prometheus_client import CollectorRegistry
 
 from decode_svc.area import LandingArea
+from decode_svc.fetcher import Fetcher
 from decode_svc.holder import HolderClient
 from decode_svc.landing import Lander, LandingLimits
 from decode_svc.service import DecodeServicer
@@ -181,9 +182,7 @@ def staging_of(cache: KvCache) -> StagingPlan:
         if plan.num_bytes <= num_bytes:
             break
     num_landing = max(0, num_bytes - plan.num_bytes)
-    return StagingPlan(
-        cache.layout, cache.num_blocks, packs=packs, landing_num_bytes=num_landing
-    )
+    return StagingPlan(cache.layout, cache.num_blocks, packs=packs, landing_num_bytes=num_landing)
 
 
 @contextlib.asynccontextmanager
@@ -396,11 +395,18 @@ async def decode_worker(
         lander = Lander(
             engine=parts["engine"],
             cache=parts["cache"],
-            area=LandingArea(offset=staging.landing_offset, num_bytes=staging.landing_num_bytes),
+            fetcher=Fetcher(
+                cache=parts["cache"],
+                area=LandingArea(
+                    offset=staging.landing_offset, num_bytes=staging.landing_num_bytes
+                ),
+                speeds=speeds,
+                metrics=parts["metrics"],
+                clock=MonotonicClock(),
+            ),
             transports=parts["transports"].all,
             holders=holders if wrap_holders is None else wrap_holders(holders),
             limits=landing_limits,
-            speeds=speeds,
             metrics=parts["metrics"],
             clock=MonotonicClock(),
         )

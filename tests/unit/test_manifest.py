@@ -17,7 +17,12 @@ from kvrelay.transfer.manifest import (
 )
 
 GOOD = MemoryManifest(
-    worker_id="prefill-0", epoch="e1", num_bytes=1 << 30, resident_num_bytes=1 << 29
+    worker_id="prefill-0",
+    epoch="e1",
+    num_bytes=1 << 30,
+    resident_num_bytes=1 << 29,
+    num_blocks=100,
+    generations_offset=(1 << 30) - 400,
 )
 
 
@@ -45,6 +50,13 @@ def test_what_is_written_is_read():
         ("resident_num_bytes", -1),
         ("resident_num_bytes", (1 << 30) + 1),
         ("resident_num_bytes", False),
+        ("num_blocks", -1),
+        ("num_blocks", 101),  # their generations would end past the memory
+        ("num_blocks", 1 << 40),
+        ("num_blocks", 2.0),
+        ("generations_offset", -1),
+        ("generations_offset", (1 << 30) - 399),
+        ("generations_offset", None),
         ("worker_id", ""),
         ("worker_id", "x" * 257),
         ("worker_id", b"raw"),
@@ -101,4 +113,10 @@ def test_a_mangled_manifest_is_refused(cut, junk):
         except (KvCorrupt, Incompatible):
             return
         # Another number in its bounds, at the very end.
-        assert replace(read, resident_num_bytes=GOOD.resident_num_bytes) == GOOD
+        assert replace(read, generations_offset=GOOD.generations_offset) == GOOD
+
+
+def test_a_memory_without_blocks_has_no_generations():
+    """A page about device memory is a memory, too."""
+    page = replace(GOOD, num_bytes=4096, resident_num_bytes=0, num_blocks=0, generations_offset=0)
+    assert decode(encode(page)) == page
