@@ -103,11 +103,19 @@ class NixlTransport:
         """Takes half a second, for UCX looks at every device there is.
 
         Raises:
-            Incompatible: what peers need to know is more than an offer carries.
+            Incompatible: UCX finds no device that it may use, or what peers need to know is more
+                than an offer carries.
         """
         assert self._registered is None, "registered twice"
         begin, num_bytes = cache.bytes.ctypes.data, cache.num_bytes
-        agent = _Agent(self._library, self._name, begin, num_bytes, serves=True)
+        try:
+            agent = _Agent(self._library, self._name, begin, num_bytes, serves=True)
+        except ReadFailed as error:
+            tls = os.environ.get("UCX_TLS", "all")
+            raise Incompatible(
+                f"UCX cannot be used here: {error}; UCX_TLS is {tls}, and must have tcp",
+                ucx_tls=tls,
+            ) from error
         try:
             address = describe(self._name, begin, num_bytes, agent.metadata())
         except Incompatible:
@@ -222,11 +230,12 @@ class _Agent:
         config = library.nixlAgentConfig()
         config.useProgThread = serves
         config.pthrDelay = _SERVING_WAIT_US
-        self._library = library
-        self._agent: Any = library.nixlAgent(name, config)
-        self._backends = [self._agent.createBackend("UCX", {})]
         memory = library.nixlRegDList(library.DRAM_SEG, [(begin, num_bytes, 0, "")])
-        self._agent.registerMem(memory, self._backends)
+        self._library = library
+        with _told_by(library):
+            self._agent: Any = library.nixlAgent(name, config)
+            self._backends = [self._agent.createBackend("UCX", {})]
+            self._agent.registerMem(memory, self._backends)
 
     def metadata(self) -> bytes:
         said: bytes = self._agent.getLocalMD()

@@ -4,7 +4,8 @@ NIXL has no way to stop a read, and letting go of one does not stop it either: m
 of a peer that had been stopped landed seconds after its read was released and the peer removed.
 What does end every read is the end of the agent that makes them. So all reads are one agent's,
 which does nothing else and is cheap to open again (15 ms), and whenever a read fails or takes too
-long that agent is closed before anybody is told; the reads of other pulls are then begun again.
+long that agent is closed before anybody is told. Reads of other pulls may end before: a holder that
+sends by TCP may abort where its reader leaves in the middle (UCX 1.23).
 
 The agent moves bytes only while it is looked at, so this thread looks: at once at what ends
 within the call, as reads on one machine do, and else in growing intervals, in which it waits for
@@ -113,6 +114,7 @@ class Reads:
         self._max_peers = max_peers
         self._asked: queue.SimpleQueue[Pull | None] = queue.SimpleQueue()
         self._active: list[Pull] = []
+        self._failed: list[tuple[Pull, ServingError]] = []  # over once the agent is closed
         self._agent: ReadAgent | None = None
         self._peers: OrderedDict[str, bytes] = OrderedDict()  # least recently used first
         self._over: Future[None] = Future()
@@ -131,10 +133,12 @@ class Reads:
         wait_s = _FIRST_WAIT_S
         while self._take(wait_s):
             has_moved = [self._advance(pull) for pull in tuple(self._active)]
+            if self._failed and all(pull.handle is None for pull in self._active):
+                self._close_agent()
             wait_s = 0.0 if any(has_moved) else min(max(2 * wait_s, _FIRST_WAIT_S), _LAST_WAIT_S)
+        self._failed += [(pull, PeerUnavailable("nixl was closed")) for pull in self._active]
+        self._active.clear()
         self._close_agent()
-        while self._active:
-            self._end(self._active[-1], PeerUnavailable("the nixl transport was closed"))
         self._over.set_result(None)
 
     def _take(self, wait_s: float) -> bool:
@@ -160,6 +164,8 @@ class Reads:
                 self._end(pull, PeerUnavailable(f"the pull from {pull.worker_id} was given up"))
             elif pull.num_read == len(pull.batches):
                 self._end(pull, None)
+            elif self._failed:
+                return False  # the agent is to be closed
             else:
                 self._begin(pull, pull.batches[pull.num_read])
         except ReadFailed as failure:
@@ -204,28 +210,33 @@ class Reads:
 
     def _fail(self, pull: Pull, failure: ReadFailed) -> None:
         log.warning("nixl.read_failed", holder=pull.worker_id, problem=str(failure))
-        self._close_agent()
         kind = KvCorrupt if failure.is_nonsense else PeerUnavailable
-        self._end(pull, kind(f"holder {pull.worker_id} by nixl: {failure}"))
+        self._active.remove(pull)
+        self._failed.append((pull, kind(f"holder {pull.worker_id} by nixl: {failure}")))
 
     def _close_agent(self) -> None:
-        """Afterwards nothing writes. Pulls that go on begin their batch again."""
+        """Afterwards nothing writes, and those who failed may hear of it."""
         agent, self._agent = self._agent, None
         self._peers.clear()
         if agent is not None:
             agent.close()
-        for pull in self._active:
-            pull.handle = None
+        failed, self._failed = self._failed, []
+        for pull, error in failed:
+            _settle(pull, error)
 
     def _end(self, pull: Pull, error: ServingError | None) -> None:
         assert pull.handle is None
         self._active.remove(pull)
-        if not pull.over.set_running_or_notify_cancel():
-            return
-        if error is None:
-            pull.over.set_result(None)
-        else:
-            pull.over.set_exception(error)
+        _settle(pull, error)
+
+
+def _settle(pull: Pull, error: ServingError | None) -> None:
+    if not pull.over.set_running_or_notify_cancel():
+        return
+    if error is None:
+        pull.over.set_result(None)
+    else:
+        pull.over.set_exception(error)
 
 
 async def outcome(pull: Pull, *, patience_s: float, quiesce_timeout_s: float) -> None:

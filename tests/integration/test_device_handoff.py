@@ -10,16 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from decode_svc import landing
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.device_cache import DeviceCache, runs_of
 from kvrelay.kv.layout import KvLayout
-from kvrelay.types import BlockId
 from tests.integration.test_handoff import TRANSPORTS, pair
+from tests.support import workers
 from tests.support.builders import prompt
 from tests.support.tiny_cuda import cuda_runner_of
 from tests.support.tiny_model import tiny_spec, tiny_weights
-from tests.support.workers import LIMITS, decode_submit, tokens_of
+from tests.support.workers import LIMITS, decode_submit, scripted, tokens_of, until
 
 LAYOUT = KvLayout(num_layers=2, block_size=4, num_kv_heads=3, head_dim=8, dtype="bfloat16")
 CPU = torch.device("cpu")
@@ -62,32 +61,32 @@ class SlowCache(KvCache):
     """Copies blocks to its device for as long as it is told to."""
 
     def __init__(self) -> None:
-        super().__init__(LAYOUT, 2, shareable=False)
+        super().__init__(workers.LAYOUT, 64, shareable=True)
         self.has_begun, self.may_end = threading.Event(), threading.Event()
-        self.has_ended = False
 
     def landed(self, blocks) -> None:
         self.has_begun.set()
         assert self.may_end.wait(30.0)
-        self.has_ended = True
 
 
 async def test_a_landing_that_is_called_off_ends_when_nothing_writes_any_more() -> None:
-    """However often it is called off: its blocks are free once it has ended."""
+    """Its blocks are nobody's before: a thread of ours still writes to them."""
     cache = SlowCache()
-    taking = asyncio.create_task(landing._taken_in(cache, [BlockId(0)]))
-    assert await asyncio.to_thread(cache.has_begun.wait, 30.0)
-    for _ in range(3):
-        taking.cancel()
-        for _ in range(3):
-            await asyncio.sleep(0)
-        assert not taking.done()
-    cache.may_end.set()
-    with pytest.raises(asyncio.CancelledError):
-        await taking
+    async with pair(puller={"model": (scripted(cache), cache)}) as both:
+        request_id, _ = await both.submit_both(prompt(9), "shm")
+        assert await asyncio.to_thread(cache.has_begun.wait, 30.0)
+        await both.decodes.cancel(request_id)
+        await both.prefills.cancel(request_id)
+        await until(lambda: both.holder.engine.is_idle)
+        fields = decode_submit(prompt(3, variant=1))
+        await both.decodes.submit(**fields)
+        await both.decodes.outputs(fields["request_id"])  # so both cancels were obeyed
+        held = both.puller.num_held_blocks
+        num_landing = both.puller.lander.num_landing
+        cache.may_end.set()
+        await both.is_idle()
 
-    assert cache.has_ended
-    cache.close()
+    assert (held, num_landing) == (3, 1)
 
 
 def test_each_side_is_copied_block_by_block_and_only_when_told() -> None:

@@ -348,6 +348,96 @@ def test_generations_grow_as_blocks_are_given_up():
         assert after == [before[0], before[1] + 1]  # the full one is cached
 
 
+def test_a_sequence_moves_between_two_engines_and_no_token_is_computed_twice():
+    """
+    One engine is frozen in a step, another lands its blocks and goes on from its last token.
+    """
+    gate = StepGate()
+    prompt_ids, outputs = prompt(6), expected_tokens(prompt(6), 20)
+    with running_engine(gate=gate) as left, running_engine() as right:
+        left.engine.submit(request("l", prompt_ids, max_tokens=20))
+        for _ in range(3):
+            gate.wait_entered()
+            gate.let_one_pass()
+        gate.wait_entered()  # the fourth
+        offered = left.engine.offer("l")
+        left.engine.freeze("l")
+        assert "l" not in left.sink.frozen
+        gate.let_one_pass()
+        frozen = left.sink.wait_frozen("l")
+        right.engine.submit(
+            request(
+                "r",
+                prompt_ids,
+                origin=Origin.LAND,
+                output_ids=outputs[:2],
+                max_tokens=20,
+                landing_tokens=12,
+            )
+        )
+        right.sink.wait_granted("r")
+        table = right.sink.grants["r"].block_table
+        for source, target in zip(frozen.done.block_table, table, strict=False):
+            right.model.copy_block(left.model, source, target)
+        left.engine.release("l")
+        right.engine.join("r", frozen.output_ids, frozen.done.num_computed)
+        right.sink.wait_finished("r")
+
+        assert left.engine.is_idle
+        assert left.engine.load().blocks.held == 0
+    assert (offered.num_computed, frozen.done.num_computed) == (8, 9)
+    assert left.sink.chunks["l"] == [frozen.done]
+    assert frozen.output_ids == left.sink.tokens["l"] == outputs[:4]
+    assert right.sink.tokens["r"] == outputs[4:]
+    assert (left.model.num_rows, right.model.num_rows) == (9, 16)
+
+
+def test_a_frozen_sequence_that_stays_wakes_an_idle_engine():
+    """
+    Nothing else is to be computed, so whoever resumes it has to say so.
+    """
+    gate = StepGate()
+    with running_engine(gate=gate) as run:
+        run.engine.submit(request("a", prompt(6), max_tokens=9))
+        gate.let_one_pass()
+        run.sink.wait_tokens("a", 1)
+        run.engine.offer("a")
+        run.engine.limit("a", 8)
+        gate.open()
+        frozen = run.sink.wait_frozen("a")
+        num_rows = run.model.num_rows
+
+        run.engine.resume("a")
+        run.sink.wait_finished("a")
+
+        assert (frozen.done.num_computed, num_rows) == (8, 8)
+        assert run.model.num_rows == 6 + 8
+    assert run.sink.tokens["a"] == expected_tokens(prompt(6), 9)
+
+
+def test_a_withdrawn_offer_is_told():
+    """
+    The sink hears of it once, before the step that took its blocks.
+    """
+    gate = StepGate()
+    tight = scheduler(num_blocks=5)
+    with running_engine(tight, gate=gate) as run:
+        run.engine.submit(request("a", prompt(4), max_tokens=12))
+        gate.wait_entered()
+        run.engine.submit(request("b", prompt(4, variant=1), max_tokens=12))
+        for _ in range(3):
+            gate.let_one_pass()
+        run.sink.wait_tokens("b", 2)
+        run.engine.offer("b")
+        gate.open()
+        run.sink.wait_finished("a", "b")
+
+    assert run.sink.withdrawn == ["b"]
+    assert run.sink.frozen == {}
+    for i, seq_id in enumerate("ab"):
+        assert run.sink.tokens[seq_id] == expected_tokens(prompt(4, variant=i), 12)
+
+
 def test_callers_in_many_threads_lose_nothing():
     """
     Submitting and releasing from several threads at once ends with every block back.

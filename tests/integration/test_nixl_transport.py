@@ -2,11 +2,12 @@
 
 import asyncio
 import base64
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import numpy as np
 import psutil
@@ -16,12 +17,14 @@ from hypothesis import strategies as st
 
 from kvrelay.clock import MonotonicClock
 from kvrelay.errors import Incompatible, KvCorrupt, PeerUnavailable
+from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
 from kvrelay.transfer import nixl
 from kvrelay.transfer.base import BlockCopy
 from kvrelay.transfer.nixl_offer import describe, described
 from kvrelay.types import TransportOffer
 from tests.support.kv_peer import (
+    SMALL,
     ChildPeer,
     copies_of,
     make_transport,
@@ -51,6 +54,7 @@ def open_puller(**options):
 @contextmanager
 def stopped(child: ChildPeer) -> Iterator[None]:
     child.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.process.pid, os.WSTOPPED | os.WNOWAIT)
     try:
         yield
     finally:
@@ -85,7 +89,7 @@ async def test_a_stopped_peer_is_unavailable_and_writes_nothing_when_it_goes_on(
 
 
 async def test_pulls_of_others_outlast_a_stopped_peer(monkeypatch):
-    """Their reads are begun again, and bring the right bytes."""
+    """They end, and bring the right bytes, before and after."""
     monkeypatch.setenv("UCX_TLS", "tcp")
     async with (
         open_peer("nixl", layout=WIDE, seed=6, worker_id="twin") as twin,
@@ -178,6 +182,14 @@ async def test_ranges_beyond_the_holders_memory_are_corrupt():
         whole = BlockCopy(index=0, source_offset=0, target_offset=0, num_bytes=end)
         await puller.transport.pull(holder.hold(), [whole])
         assert np.array_equal(puller.cache.bytes, holder.cache.bytes)
+
+
+def test_ucx_settings_that_leave_no_way_are_told_at_the_start(monkeypatch):
+    """Not at the first pull."""
+    monkeypatch.setenv("UCX_TLS", "posix")
+    with closing(KvCache(SMALL, 4, shareable=True)) as cache:
+        with pytest.raises(Incompatible, match="UCX_TLS is posix, and must have tcp"):
+            make_transport("nixl", worker_id="w", epoch="e").register(cache)
 
 
 def test_what_is_described_is_read_back():

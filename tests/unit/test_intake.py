@@ -45,7 +45,7 @@ def intake(
 
 
 def blocks(*indexes: int) -> list[SourceBlock]:
-    return [SourceBlock(100 * SIZE + i, i) for i in indexes]
+    return [SourceBlock(BlockId(100 + i), i, 100 * SIZE + i) for i in indexes]
 
 
 def digests(*indexes: int) -> list[int]:

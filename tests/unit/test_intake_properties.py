@@ -80,7 +80,7 @@ def test_every_missing_block_is_fetched_once_and_then_it_may_join(history):
         match event:
             case "announce":
                 start, end = next(starts)
-                intake.announce(start, [SourceBlock(i, 0) for i in range(start, end)])
+                intake.announce(start, [SourceBlock(BlockId(i), 0, i) for i in range(start, end)])
             case "grant":
                 if not intake.announced:
                     continue  # nobody asks for blocks before

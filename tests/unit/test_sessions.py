@@ -8,7 +8,7 @@ import pytest
 from kvrelay.errors import Draining, InvalidRequest, QueueFull
 from kvrelay.rpc.session import Attempt, Session
 from kvrelay.rpc.sessions import Sessions
-from kvrelay.v1 import common_pb2, prefill_pb2
+from kvrelay.v1 import common_pb2, decode_pb2, prefill_pb2
 
 ID = "0" * 31
 
@@ -19,12 +19,18 @@ class Service:
     def __init__(self) -> None:
         self.started: dict[Attempt, Session[str]] = {}
         self.cancelled: list[Attempt] = []
+        self.others: list[tuple[Attempt, str]] = []
         self.is_full = False
         self.sessions: Sessions[str, prefill_pb2.PrefillSubmit] = Sessions(
             start=self._start,
             cancel=self._cancel,
             failed=lambda attempt, failure: failure.reason,
             merge=lambda before, after: before + after,
+            others={
+                "hand_over": lambda session, attempt, it: self.others.append(
+                    (attempt, it.handoff_id)
+                )
+            },
         )
 
     def _start(self, session: Session[str], attempt: Attempt, message: object) -> None:
@@ -36,7 +42,9 @@ class Service:
         self.cancelled.append(attempt)
         self.sessions.end(session, attempt)
 
-    async def say(self, *instructions: prefill_pb2.PrefillRequest, then_close: bool) -> list[str]:
+    async def say(
+        self, *instructions: prefill_pb2.PrefillRequest | decode_pb2.DecodeRequest, then_close: bool
+    ) -> list[str]:
         """One session that says all this at once; what it is told until it ends."""
         ends = asyncio.Event()
 
@@ -71,6 +79,33 @@ async def test_the_end_of_a_session_calls_off_what_is_left_of_it():
     await service.sessions.drained()
 
     assert service.cancelled == [attempt(1), attempt(2)]
+
+
+async def test_an_attempt_that_is_said_twice_is_one_attempt():
+    """It is started once, and the session goes on."""
+    service = Service()
+    told = await service.say(submit(1), submit(1), then_close=True)
+    await service.sessions.drained()
+
+    assert told == []
+    assert service.cancelled == [attempt(1)]
+
+
+async def test_what_its_service_knows_besides_is_passed_on_by_name():
+    """Of any attempt, known here or not: what to make of it is the service's business."""
+    service = Service()
+    order = decode_pb2.HandOver(request_id=f"{ID}7", attempt=1, handoff_id="h")
+    await service.say(decode_pb2.DecodeRequest(hand_over=order), then_close=True)
+
+    assert service.others == [(attempt(7), "h")]
+
+
+async def test_what_its_service_does_not_know_ends_the_session():
+    """It names what could have been said."""
+    service = Service()
+    order = decode_pb2.CancelHandOver(request_id=f"{ID}7", attempt=1, handoff_id="h")
+    with pytest.raises(InvalidRequest, match="submit, cancel, hand_over"):
+        await service.say(decode_pb2.DecodeRequest(cancel_hand_over=order), then_close=True)
 
 
 async def test_an_attempt_that_cannot_start_fails_alone():
@@ -108,6 +143,7 @@ async def test_a_drained_session_ends_with_its_last_attempt():
         prefill_pb2.PrefillRequest(),
         prefill_pb2.PrefillRequest(submit=prefill_pb2.PrefillSubmit(request_id="x", attempt=1)),
         prefill_pb2.PrefillRequest(submit=prefill_pb2.PrefillSubmit(request_id=f"{ID}1")),
+        decode_pb2.DecodeRequest(hand_over=decode_pb2.HandOver(request_id="x", attempt=1)),
     ],
 )
 async def test_an_instruction_without_a_name_ends_the_session(instruction):

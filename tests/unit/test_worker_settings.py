@@ -38,6 +38,10 @@ def test_a_flag_is_a_number_where_a_number_is_meant(service, config):
         ("--budget-tokens", "1"),
         ("--transport", "pigeon"),
         ("--drain-s", "nan"),
+        ("--kv-dtype", "float32"),
+        ("--kv-dtype", "int4"),
+        ("--block-size", "4"),
+        ("--hold-s", "0"),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(service, config, flag, value):
@@ -47,6 +51,47 @@ def test_an_impossible_value_is_refused_by_name(service, config, flag, value):
 
     assert flag[2:].replace("-", "_") in str(caught.value)
     assert value in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--wire-dtype", "float32"),
+        ("--wire-dtype", "int4"),
+        ("--landing-mib", "0"),
+        ("--batch-mib", "0"),
+        ("--max-landings", "0"),
+        ("--release-timeout-s", "0"),
+        ("--chaos", "corrupt=2"),
+        ("--chaos", "rain=0.1"),
+    ],
+)
+def test_what_only_a_decode_worker_may_choose_is_refused_by_name(flag, value):
+    """How KV comes is its puller's choice; a prefill worker knows no such setting."""
+    name = flag[2:].replace("-", "_")
+    with pytest.raises(SettingsError) as caught:
+        settings("decode", DecodeConfig, flag, value)
+    assert name in str(caught.value)
+    with pytest.raises(SettingsError, match=flag[2:]):
+        settings("prefill", PrefillConfig, flag, value)
+
+
+@pytest.mark.parametrize("wire_dtype", ["auto", "bfloat16", "fp8", "int8"])
+def test_a_wire_dtype_is_taken_as_it_is_said(wire_dtype):
+    """`auto` if nothing is said."""
+    said = settings("decode", DecodeConfig, "--wire-dtype", wire_dtype)
+    silent = settings("decode", DecodeConfig)
+
+    assert said.wire_dtype == wire_dtype
+    assert (silent.wire_dtype, silent.kv_dtype, silent.chaos_spec) == ("auto", "auto", None)
+
+
+def test_chaos_is_a_spec_once_it_is_asked_for():
+    """What a developer wrote, read once."""
+    spec = settings("decode", DecodeConfig, "--chaos", "corrupt=0.5,seed=7").chaos_spec
+
+    assert spec is not None
+    assert spec.seed == 7
 
 
 @pytest.mark.parametrize(
