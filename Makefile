@@ -44,8 +44,8 @@ test: pull ## All tests that need no GPU
 test-fast: $(SETUP) $(NATIVE) ## The tests that start no processes
 	$(PYTEST) tests/unit tests/contract -m 'not e2e and not realmodel'
 
-chaos: pull ## Only the tests that kill, stop or starve processes
-	$(PYTEST) -m chaos
+chaos: pull ## Only the tests that kill, stop or starve workers, longer than `make test` does
+	CHAOS_FULL=1 $(PYTEST) -m chaos
 
 fuzz-handoff: $(SETUP) ## 10 000 damaged handoffs and 100 000 clean ones, some ten minutes; FUZZ=--help
 	$(BIN)/python -m tests.chaos.fuzz_handoff $(FUZZ)

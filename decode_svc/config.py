@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from kvrelay.transfer.chaos_spec import ChaosSpec, parse_chaos
 from kvrelay.transfer.wire_choice import WireDtype
@@ -38,6 +38,13 @@ class DecodeConfig(WorkerSettings):
     chaos: Annotated[str, AfterValidator(_chaos)] = ""
     """For developers: makes pulls go wrong on purpose, e.g. corrupt=0.05,drop=0.1,seed=7. Tokens
     stay right; requests get slower, and fail where KV arrives corrupt twice."""
+
+    @model_validator(mode="after")
+    def _can_travel(self) -> "DecodeConfig":
+        is_float32 = self.dtype == "float32" and self.kv_dtype == "auto"
+        if is_float32 and self.wire_dtype != "auto":
+            raise ValueError(f"wire_dtype: is {self.wire_dtype}, but float32 KV travels as it is")
+        return self
 
     @property
     def chaos_spec(self) -> ChaosSpec | None:

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from decode_svc.area import LandingArea
 from decode_svc.under_way import Landing
 from kvrelay.clock import Clock
-from kvrelay.errors import QuiescenceLost
+from kvrelay.errors import Incompatible, QuiescenceLost
 from kvrelay.handoff.forms import unpacking_for
 from kvrelay.kv.cache import KvCache
 from kvrelay.obs.metrics import WorkerMetrics
@@ -87,6 +87,11 @@ class Fetcher:
         if intake.is_as_kept:
             targets = [intake.block_table[index] * num_bytes for index in batch]
         else:
+            if num_bytes > self._area.num_bytes:
+                raise Incompatible(
+                    f"a block comes as {num_bytes} bytes of {intake.wire_layout.dtype}, to be put "
+                    f"into another form in the {self._area.num_bytes} that landing_mib leaves"
+                )
             start = await held.enter_async_context(self._area.part(len(batch) * num_bytes))
             targets = [start + i * num_bytes for i in range(len(batch))]
         return [

@@ -211,6 +211,11 @@ class Intake:
         if expected.is_running:
             most = expected.limit_tokens
         wanted_blocks = opened.wire_layout.num_blocks_for(opened.num_tokens)
+        if expected.is_running and opened.num_tokens > most:
+            raise HandoffLost(
+                f"it has {opened.num_tokens} tokens by now, and there is room for {most}",
+                handoff_id=self.handoff_id,
+            )
         is_ours = (
             opened.is_running == expected.is_running
             and least <= opened.num_tokens <= most

@@ -138,6 +138,8 @@ class Lander:
         except KvCorrupt as error:
             if landing.lost not in (None, error):
                 raise landing.lost from error  # it lapsed: the bytes may well be another's
+            if source.is_running:
+                await self._require_offered(landing)
             self._metrics.kv_corrupt.inc()
             raise
         except QuiescenceLost:
@@ -210,6 +212,17 @@ class Lander:
         if landing.announced_s is None and intake.is_announced:
             landing.announced_s = self._clock.now()
             landing.num_overlapped_bytes = intake.num_landed_bytes
+
+    async def _require_offered(self, landing: Landing) -> None:
+        """Raise HandoffLost if the sequence is no longer to move: its holder may have taken its
+        blocks back without our having heard, and what we read is nobody's corruption.
+        """
+        try:
+            await self._holders.freeze(landing.hold)
+        except HandoffLost:
+            raise
+        except ServingError as error:
+            log.info("handoff.not_frozen", reason=error.reason)
 
     # The bytes
 

@@ -72,6 +72,9 @@ class _Live:
     hold: Hold | None = None
     """Of another worker that shall go on with it."""
 
+    offer: int = 0
+    """The engine's number of that."""
+
 
 class DecodeServicer(pb_grpc.DecodeServiceServicer):
     """Turns messages into engine calls and back; decides nothing.
@@ -134,12 +137,12 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         for chunk in result.chunks:
             self._advance(chunk)
         for frozen in result.frozen:
-            self._advance(frozen.done)
-            if (hold := self._hold_of(frozen.done.seq_id)) is not None:
+            if (hold := self._advance(frozen.done)) is not None:
                 self._keeper.complete(hold, frozen.output_ids)
         for seq_id in result.withdrawn:
-            if (hold := self._hold_of(seq_id)) is not None:
-                self._keeper.lapse(hold)
+            live = self._live.get(seq_id)
+            if live is not None and live.hold is not None:
+                self._keeper.lapse(live.hold)
 
     def load(self) -> WorkerLoad:
         """How this worker is now."""
@@ -226,6 +229,8 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         pull: its puller is refused, and the attempt goes on here.
         """
         order = convert.hand_over_from_wire(attempt, message)
+        if self._keeper.holds.was_begun(order.handoff_id):
+            return  # said twice
         live = self._live.get(attempt.seq_id)
         if live is None or live.session is not session or live.hold is not None:
             self._keeper.refuse(order.handoff_id, puller_id=order.puller_id)
@@ -244,6 +249,7 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
             on_end=partial(self._hold_ended, live),
             is_running=True,
         )
+        live.offer = done.offer
         self._keeper.advance(live.hold, done)
 
     def _cancel_hand_over(
@@ -266,13 +272,15 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         elif state is HoldState.LAPSED:
             self._engine.resume(live.attempt.seq_id)
 
-    def _hold_of(self, seq_id: str) -> Hold | None:
-        live = self._live.get(seq_id)
-        return None if live is None else live.hold
-
-    def _advance(self, chunk: ChunkDone) -> None:
-        if (hold := self._hold_of(chunk.seq_id)) is not None:
-            self._keeper.advance(hold, chunk)
+    def _advance(self, chunk: ChunkDone) -> Hold | None:
+        """Tell the hold that this is said for; None if it has ended. A step's news may be on its
+        way while its sequence is handed over anew.
+        """
+        live = self._live.get(chunk.seq_id)
+        if live is None or live.hold is None or live.offer != chunk.offer:
+            return None
+        self._keeper.advance(live.hold, chunk)
+        return live.hold
 
     # Outcomes
 

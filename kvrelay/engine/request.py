@@ -79,6 +79,9 @@ class ChunkDone:
     block_table: tuple[BlockId, ...]
     """All its blocks, in order; what is past `num_computed` is not ready."""
 
+    offer: int = 0
+    """Which offer of the sequence this is said for, from 1; 0 for `Goal.HOLD`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frozen:

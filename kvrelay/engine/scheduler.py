@@ -209,6 +209,7 @@ class Scheduler:
         if seq is None or seq.is_released or not seq.can_move:
             raise NotFound(f"no sequence {seq_id} generates", seq_id=seq_id)
         seq.is_offered = True
+        seq.num_offers += 1
         return _chunk_done(seq)
 
     def limit(self, seq_id: str, limit_tokens: int) -> Frozen | None:
@@ -508,6 +509,7 @@ def _chunk_done(seq: Sequence) -> ChunkDone:
             else seq.num_computed
         ),
         block_table=tuple(seq.block_table),
+        offer=seq.num_offers,
     )
 
 

@@ -43,6 +43,7 @@ class Sequence:
         "limit_tokens",
         "num_cached_tokens",
         "num_computed",
+        "num_offers",
         "num_published",
         "origin",
         "output_ids",
@@ -76,6 +77,7 @@ class Sequence:
         """Released while in a step; forgotten when that step ends."""
         self.is_offered = False
         """To move to another engine: what it computes is reported."""
+        self.num_offers = 0
         self.is_freezing = False
         """To be held as soon as it is in no step."""
         self.limit_tokens = 0

@@ -41,18 +41,20 @@ class Way:
 PLAIN = Way("bfloat16", "bfloat16", "bfloat16")
 
 WAYS = (
-    Way("fp8", "fp8", "fp8"),
-    Way("int8", "int8", "int8"),
-    Way("bfloat16", "fp8", "bfloat16"),
-    Way("bfloat16", "int8", "bfloat16"),
+    PLAIN,
     Way("bfloat16", "fp8", "fp8"),
     Way("bfloat16", "int8", "int8"),
     Way("fp8", "fp8", "bfloat16"),
-    Way("int8", "int8", "bfloat16"),
+    Way("fp8", "fp8", "fp8"),
     Way("fp8", "fp8", "int8"),
+    Way("int8", "int8", "bfloat16"),
     Way("int8", "int8", "fp8"),
+    Way("int8", "int8", "int8"),
+    Way("bfloat16", "fp8", "bfloat16"),
+    Way("bfloat16", "int8", "bfloat16"),
     Way("bfloat16", "bfloat16", "bfloat16", "torch"),
 )
+"""All that workers do unasked, then what `wire_dtype` has them do besides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -95,13 +95,14 @@ def _error_sections(part: dict) -> list[str]:
             ],
         ),
         "After the forced tokens, by what KV the prefill worker has, what travels, and what the "
-        "decode worker has:",
+        "decode worker has; what travels is what `wire_dtype = auto` comes to, unless it was asked "
+        "for:",
         _table(
             ("prefill", "wire", "decode", *head),
             [
                 (
                     it["way"]["prefill"],
-                    it["way"]["wire"],
+                    it["way"]["wire"] + (", asked for" if _is_asked_for(it["way"]) else ""),
                     it["way"]["decode"]
                     + ("" if it["way"]["engine"] == "native" else ", torch engine"),
                     *_figures(it),
@@ -109,8 +110,16 @@ def _error_sections(part: dict) -> list[str]:
                 for it in forced
             ],
         ),
-        "Block sizes may differ as well; they change no bit, so they have no line here.",
+        "A decode worker that asks for bfloat16 rounds what lands instead of what leaves, to the "
+        "same bits. Block sizes may differ as well, and change no bit either, so they have no line "
+        "here: `tests/integration/test_mixed_layouts.py` holds workers to that in all nine pairs "
+        "of 16, 32 and 64 slots, for each of these lines.",
     ]
+
+
+def _is_asked_for(way: dict) -> bool:
+    """Neither side keeps KV in what travels."""
+    return way["wire"] not in (way["prefill"], way["decode"])
 
 
 def _figures(it: dict) -> tuple[str, ...]:

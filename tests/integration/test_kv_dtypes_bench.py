@@ -7,6 +7,7 @@ import torch
 
 from kvrelay.native.library import why_not
 from tests.bench import kv_dtypes
+from tests.integration.test_mixed_layouts import WIRES
 
 pytestmark = [
     pytest.mark.realmodel,
@@ -30,5 +31,8 @@ def test_rounded_kv_changes_logits_a_little(real_model, tmp_path):
     everywhere = {dtype: kl[dtype, dtype, dtype, "native"] for dtype in ("fp8", "int8")}
     assert 0 < everywhere["int8"] < everywhere["fp8"] < 0.1
     text = (tmp_path / "kv-dtypes.md").read_text(encoding="utf-8")
-    assert "| bfloat16 | int8 | bfloat16 |" in text
+    assert "| bfloat16 | int8, asked for | bfloat16 |" in text
+    assert all(
+        f"| {prefill} | {wire} | {decode} |" in text for (prefill, decode), wire in WIRES.items()
+    )
     assert "## Time" not in text

@@ -140,18 +140,20 @@ class Oracle:
         self._made = {size: stack.enter_context(runner(dtype, size)) for size in BLOCK_SIZES}
 
     def prefilled(self, asked: Asked) -> tuple[int, list[Kept]]:
-        """The first token, and what is kept of the prompt: with every block size the same."""
+        """The first token, and what is kept of the prompt: with every block size the same bits."""
         found = [self._prefilled(size, asked) for size in BLOCK_SIZES]
         assert found[0] == found[1] == found[2]
-        return found[0]
+        token_id, kept, _ = found[0]
+        return token_id, kept
 
     def continued(self, asked: Asked, first: int, kept: list[Kept]) -> tuple[int, ...]:
-        """All tokens, with every block size the same."""
-        found = {self._continued(size, asked, first, kept) for size in BLOCK_SIZES}
-        assert len(found) == 1
-        return found.pop()
+        """All tokens, with every block size from the same bits."""
+        found = [self._continued(size, asked, first, kept) for size in BLOCK_SIZES]
+        assert found[0] == found[1] == found[2]
+        token_ids, _ = found[0]
+        return token_ids
 
-    def _prefilled(self, block_size: int, asked: Asked) -> tuple[int, list[Kept]]:
+    def _prefilled(self, block_size: int, asked: Asked) -> tuple[int, list[Kept], bytes]:
         computes, memory = self._made[block_size]
         ids = asked.prompt_ids
         where = table(3, memory.layout.num_blocks_for(len(ids)))
@@ -159,18 +161,19 @@ class Oracle:
             path=Path.PROMPT, token_ids=ids, start=0, block_table=where, sample=asked.sampling
         )
         (token_id,) = computes.step([rows])
-        return token_id, [_kept(memory, *place) for place in _places(memory, where, len(ids))]
+        kept = [_kept(memory, *place) for place in _places(memory, where, len(ids))]
+        return token_id, kept, computes.step_logits([rows]).numpy().tobytes()
 
     def _continued(
         self, block_size: int, asked: Asked, first: int, kept: list[Kept]
-    ) -> tuple[int, ...]:
+    ) -> tuple[tuple[int, ...], bytes]:
         computes, memory = self._made[block_size]
         num_prompt = len(asked.prompt_ids)
         where = table(3, memory.layout.num_blocks_for(num_prompt + NUM_TOKENS))
         memory.bytes[:] = 0
         for place, each in zip(_places(memory, where, num_prompt), kept, strict=True):
             _keep(memory, *place, each)
-        token_ids = [first]
+        token_ids, logits = [first], b""
         while len(token_ids) < NUM_TOKENS:
             rows = Rows(
                 path=Path.GENERATION,
@@ -180,7 +183,8 @@ class Oracle:
                 sample=asked.sampling,
             )
             token_ids += computes.step([rows])
-        return tuple(token_ids)
+            logits += computes.step_logits([rows]).numpy().tobytes()
+        return tuple(token_ids), logits
 
 
 def _places(memory: KvCache, where: Sequence[int], num_tokens: int) -> Iterator[tuple[int, ...]]:
@@ -217,7 +221,9 @@ def as_dtype(kept: Kept, of: str, to: str) -> Kept:
     """The same numbers as another dtype keeps them."""
     if of == to:
         return kept
-    values, scale = (torch.frombuffer(bytearray(it), dtype=torch.uint8) if it else None for it in kept)
+    values, scale = (
+        torch.frombuffer(bytearray(it), dtype=torch.uint8) if it else None for it in kept
+    )
     scales = None if scale is None else scale.view(torch.bfloat16)[0]
     found, scales = numbers.kept(numbers.read(values.view(TORCH_DTYPES[of]), scales), to)
     return (
@@ -327,7 +333,9 @@ async def pool(prefill: str, wire: str, decode: str) -> AsyncIterator[Pool]:
         for size in BLOCK_SIZES:
             names = {"worker_id": f"d{size}", "epoch": f"{size:016x}"}
             bench = await stack.enter_async_context(
-                decode_worker(wire_dtype=wire, max_landings=512, **names, **_made(stack, decode, size))
+                decode_worker(
+                    wire_dtype=wire, max_landings=512, **names, **_made(stack, decode, size)
+                )
             )
             pullers[size] = bench, await stack.enter_async_context(decode_session(bench))
         it = Pool(holders=holders, pullers=pullers)

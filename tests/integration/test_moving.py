@@ -709,6 +709,19 @@ async def test_a_move_that_cannot_be_is_refused_and_nothing_stops(changes, num_e
     assert reason == ("PERMISSION_DENIED" if field is None else "INVALID_REQUEST")
 
 
+async def test_a_block_larger_than_the_landing_area_is_refused_and_nothing_stops():
+    """Blocks of another size land there first, and here one alone is larger."""
+    huge = replace(LAYOUT, head_dim=40_000)
+    async with scene(left={"layout": huge}, right={"layout": replace(huge, block_size=8)}) as it:
+        await it.start(4)
+        handoff_id = await it.move()
+        reason = await it.rights.until(lambda ear: ear.failed.get((it.request_id, 2)))
+        await it.cancel_move(handoff_id)
+        await it.require_stays()
+
+    assert reason == "INCOMPATIBLE"
+
+
 class Ticked(StepGate):
     """A step takes until the next tick; a tick that nobody waits for is no credit."""
 

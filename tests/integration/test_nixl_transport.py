@@ -187,9 +187,12 @@ async def test_ranges_beyond_the_holders_memory_are_corrupt():
 def test_ucx_settings_that_leave_no_way_are_told_at_the_start(monkeypatch):
     """Not at the first pull."""
     monkeypatch.setenv("UCX_TLS", "posix")
-    with closing(KvCache(SMALL, 4, shareable=True)) as cache:
-        with pytest.raises(Incompatible, match="UCX_TLS is posix, and must have tcp"):
-            make_transport("nixl", worker_id="w", epoch="e").register(cache)
+    transport = make_transport("nixl", worker_id="w", epoch="e")
+    with (
+        closing(KvCache(SMALL, 4, shareable=True)) as cache,
+        pytest.raises(Incompatible, match="UCX_TLS is posix, and must have tcp"),
+    ):
+        transport.register(cache)
 
 
 def test_what_is_described_is_read_back():

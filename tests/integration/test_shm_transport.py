@@ -23,7 +23,7 @@ from kvrelay.transfer import manifest
 from kvrelay.transfer.base import BlockCopy, BlockGeneration, RemoteHold
 from kvrelay.transfer.shm import Run, ShmTransport, runs_of
 from kvrelay.transfer.shm_serve import ADDRESS_PREFIX, DescriptorServer
-from kvrelay.types import TransportOffer
+from kvrelay.types import BlockId, TransportOffer
 from tests.support.kv_peer import HANDOFF, SMALL, copies_of, open_peer
 
 GOOD = manifest.MemoryManifest(
@@ -275,3 +275,30 @@ async def test_bytes_written_by_the_holder_are_seen_without_remapping():
             holder.cache.block_bytes(2)[:] = np.full(SMALL.block_num_bytes, value, np.uint8).data
             await puller.transport.pull(holder.hold(), copies_of([(2, 7)]))
             assert puller.block(7) == bytes([value]) * SMALL.block_num_bytes
+
+
+async def test_whether_blocks_are_the_same_is_seen_in_the_holders_memory():
+    """Only once it is mapped, and while its holder lives; a block it does not have is not the
+    same."""
+
+    def block(block_id: int, generation: int) -> BlockGeneration:
+        return BlockGeneration(BlockId(block_id), generation)
+
+    async with open_peer("shm", worker_id="d") as puller:
+        async with open_peer("shm") as holder:
+            remote, still = holder.hold(), puller.transport.still
+            unmapped = still(remote, [block(3, 0)])
+            await puller.transport.pull(remote, copies_of([(3, 0)]))
+            told = [still(remote, []), still(remote, [block(3, 0), block(15, 0)])]
+            holder.cache.generations[3] = (1 << 32) - 1
+            then = [
+                still(remote, [block(3, 0)]),
+                still(remote, [block(2, 0), block(3, (1 << 32) - 1)]),
+                still(remote, [block(16, 0)]),
+                still(holder.hold(epoch="e2"), [block(2, 0)]),
+            ]
+        gone = still(remote, [block(2, 0)])
+
+    assert (unmapped, told) == (None, [True, True])
+    assert then == [False, True, False, None]
+    assert gone is None

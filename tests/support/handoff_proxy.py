@@ -291,7 +291,10 @@ class _AnyMethod(grpc.GenericRpcHandler):
 async def proxy_before(upstream: str = "") -> AsyncIterator[HandoffProxy]:
     """A proxy that listens; `upstream` may be said later."""
     proxy = HandoffProxy(upstream)
-    server = grpc.aio.server(options=SHARED_OPTIONS)
+    # As a worker's: it lets peers ping as often as ours do.
+    server = grpc.aio.server(
+        options=(*SHARED_OPTIONS, ("grpc.http2.min_ping_interval_without_data_ms", 500))
+    )
     server.add_generic_rpc_handlers((_AnyMethod(proxy),))
     proxy.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()

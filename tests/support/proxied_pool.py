@@ -74,6 +74,7 @@ class Node:
     gate: "Pace | None" = None
     bench: Bench | None = None
     joining: "asyncio.Task[None] | None" = None
+    membership: Membership | None = None
     num_starts: int = 0
 
     async def start(self) -> None:
@@ -96,14 +97,14 @@ class Node:
         )
         self.num_starts += 1
         await self.proxy.come_back(bench.address)
-        membership = Membership(
+        self.membership = Membership(
             identity=self._identity(bench),
             coordinator=self.coordinator,
             load=bench.service.load,
             clock=MonotonicClock(),
             on_key=bench.desk.take_key,
         )
-        self.joining = asyncio.create_task(membership.run())
+        self.joining = asyncio.create_task(self.membership.run())
 
     def _identity(self, bench: Bench) -> WorkerIdentity:
         return WorkerIdentity(
@@ -127,6 +128,13 @@ class Node:
         if self.joining is not None:
             self.joining.cancel()
             await asyncio.gather(self.joining, return_exceptions=True)
+
+    async def drain(self) -> None:
+        """Take nothing new, and say so."""
+        assert self.bench is not None
+        assert self.membership is not None
+        self.bench.service.begin_drain()
+        self.membership.announce()
 
     async def restart(self) -> None:
         """Die, and be somebody else at the same address."""
@@ -168,6 +176,7 @@ class ProxiedPool:
     coordinator: Deployment
     nodes: list[Node]
     rules: list[Rule] = field(default_factory=list)
+    leaving: Node | None = None
     happening: "set[asyncio.Task[None]]" = field(default_factory=set)
 
     def of(self, role: Role) -> list[Node]:

@@ -94,6 +94,15 @@ def test_chaos_is_a_spec_once_it_is_asked_for():
     assert spec.seed == 7
 
 
+def test_float32_kv_is_not_asked_for_in_another_form():
+    """It is for checking, and no handoff of it would succeed; other KV may be."""
+    with pytest.raises(SettingsError, match="wire_dtype: is int8, but float32 KV travels as it is"):
+        settings("decode", DecodeConfig, "--dtype", "float32", "--wire-dtype", "int8")
+
+    for flags in (("--kv-dtype", "bfloat16", "--wire-dtype", "int8"), ("--wire-dtype", "auto")):
+        assert settings("decode", DecodeConfig, "--dtype", "float32", *flags)
+
+
 @pytest.mark.parametrize(
     ("service", "argv"),
     [("prefill", ["--model", "/nowhere/at/all"]), ("decode", ["--blokc-size", "16"])],
