@@ -59,6 +59,9 @@ class Fetcher:
                 elapsed_s=stats.elapsed_s,
                 now_s=landing.landed_s,
             )
+            if stats.digests is not None and self._is_where_it_belongs(landing):
+                intake.measured(batch, stats.digests)
+                return
             # Not in the task: that would wait for its turn behind whatever else goes on.
             taking_in = asyncio.get_running_loop().run_in_executor(
                 None, self._take_in, landing, batch, copies
@@ -68,6 +71,10 @@ class Fetcher:
             )
         landing.measuring.add(measuring)
         measuring.add_done_callback(lambda _: landing.changed.set())
+
+    def _is_where_it_belongs(self, landing: Landing) -> bool:
+        """Whether what has landed is what is computed with."""
+        return landing.intake.is_as_kept and not self._cache.has_device
 
     async def _pull(
         self, landing: Landing, copies: Sequence[BlockCopy], held: AsyncExitStack

@@ -97,6 +97,9 @@ class KvCache:
         """Descriptor of the whole cache, owned here; None if it is not shareable."""
         return self._fd
 
+    has_device = False
+    """Whether something else than this memory is computed with."""
+
     def populate(self) -> None:
         """Take the memory of all blocks now. For a thread, at the start; about a second per GiB.
 

@@ -27,6 +27,8 @@ class DeviceCache(KvCache):
     page-locked where the system allows it, so that copies run beside the computation.
     """
 
+    has_device = True
+
     def __init__(
         self,
         layout: KvLayout,

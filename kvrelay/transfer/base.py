@@ -62,6 +62,8 @@ class PullStats:
 
     num_bytes: int
     elapsed_s: float
+    digests: tuple[int, ...] | None = None
+    """xxh3 of each block as it landed, in order, where the transport took them on the way."""
 
 
 class KvTransport(Protocol):

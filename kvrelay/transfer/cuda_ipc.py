@@ -38,7 +38,7 @@ from kvrelay.transfer.cuda_runtime import (
     process_token,
 )
 from kvrelay.transfer.host import host_identity
-from kvrelay.transfer.shm import runs_of
+from kvrelay.transfer.runs import runs_of
 from kvrelay.transfer.shm_map import PeerMemories
 from kvrelay.transfer.shm_serve import DescriptorServer
 from kvrelay.transfer.side_thread import SideThread, ended, raise_if_cancelled

@@ -6,7 +6,7 @@ from kvrelay.errors import KvCorrupt, QuiescenceLost
 from kvrelay.transfer.base import BlockCopy, RemoteHold
 from kvrelay.transfer.cuda_ipc_map import MappedDevice
 from kvrelay.transfer.cuda_runtime import CudaApi, CudaStream, DeviceFailed
-from kvrelay.transfer.shm import Run
+from kvrelay.transfer.runs import Run
 
 WINDOW_NUM_BYTES = 128 << 20
 """Most bytes enqueued between two looks at whether the pull is still wanted: 0.1 ms within one

@@ -38,6 +38,21 @@ def block_digest(view: memoryview) -> int:
     return xxhash.xxh3_64_intdigest(view)
 
 
+class BlockDigest:
+    """`block_digest` of bytes that come in pieces."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_64()
+
+    def update(self, piece: memoryview) -> None:
+        self._state.update(piece)
+
+    @property
+    def value(self) -> int:
+        digest: int = self._state.intdigest()
+        return digest
+
+
 def range_digests(
     cache: "KvCache", ranges: Sequence[tuple[int, int]], kind: DigestKind
 ) -> list[int]:

@@ -182,7 +182,8 @@ class FaultyTransport:
         if copies:
             self._earlier = landing.read(0)
         # A truncated pull says nothing of it: only the digest may find out.
-        return replace(stats, num_bytes=sum(copy.num_bytes for copy in copies))
+        num_bytes = sum(copy.num_bytes for copy in copies)
+        return replace(stats, num_bytes=num_bytes, digests=None)
 
     @property
     def _here(self) -> KvCache:

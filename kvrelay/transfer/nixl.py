@@ -47,7 +47,7 @@ from kvrelay.transfer.nixl_reads import (
     batches_of,
     outcome,
 )
-from kvrelay.transfer.shm import runs_of
+from kvrelay.transfer.runs import runs_of
 from kvrelay.transfer.side_thread import ended, raise_if_cancelled
 from kvrelay.types import TransportOffer
 

@@ -29,7 +29,7 @@ import structlog
 
 from kvrelay.clock import Clock
 from kvrelay.errors import KvCorrupt, PeerUnavailable, QuiescenceLost, ServingError
-from kvrelay.transfer.shm import Run
+from kvrelay.transfer.runs import Run
 from kvrelay.transfer.side_thread import ended, raise_if_cancelled
 
 Ranges = npt.NDArray[np.uint64]

@@ -2,7 +2,8 @@
 
 1. `register` serves the descriptor of our own cache (`shm_serve`).
 2. The first pull from a peer maps that peer's cache, read-only (`shm_map`).
-3. A pull is then one copy per run of neighbouring ranges, in a thread of its own.
+3. A pull is then one copy of each block, in a thread of its own, which digests what it has copied
+   while that is still near the processor.
 """
 
 import asyncio
@@ -21,44 +22,15 @@ from kvrelay.errors import KvCorrupt, PeerUnavailable
 from kvrelay.kv.cache import KvCache
 from kvrelay.transfer import manifest
 from kvrelay.transfer.base import BlockCopy, BlockGeneration, PullStats, RemoteHold
+from kvrelay.transfer.digest import BlockDigest
 from kvrelay.transfer.host import host_identity
 from kvrelay.transfer.shm_map import PeerMemories, PeerMemory
 from kvrelay.transfer.shm_serve import DescriptorServer
 from kvrelay.types import TransportOffer
 
-_RUN_NUM_BYTES = 8 << 20
-"""Most bytes that are copied as one run."""
-
 _PIECE_NUM_BYTES = 512 << 10
 """Most bytes copied at once, and between two looks at whether the pull is still wanted. Large
 copies go past the processor's caches, and are a sixth slower than as many small ones."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """`num_bytes` at the holder that become as many here."""
-
-    source_offset: int
-    target_offset: int
-    num_bytes: int
-
-
-def runs_of(copies: Sequence[BlockCopy], *, max_bytes: int) -> list[Run]:
-    """`copies` in order, neighbours on both sides joined while a run has at most `max_bytes`."""
-    runs: list[Run] = []
-    for copy in copies:
-        last = runs[-1] if runs else None
-        if (
-            last is not None
-            and last.num_bytes + copy.num_bytes <= max_bytes
-            and copy.source_offset == last.source_offset + last.num_bytes
-            and copy.target_offset == last.target_offset + last.num_bytes
-        ):
-            num_bytes = last.num_bytes + copy.num_bytes
-            runs[-1] = Run(last.source_offset, last.target_offset, num_bytes)
-        else:
-            runs.append(Run(copy.source_offset, copy.target_offset, copy.num_bytes))
-    return runs
 
 
 class ShmTransport:
@@ -126,12 +98,13 @@ class ShmTransport:
         async with here.peers.use(remote) as memory:
             started = self._clock.now()
             _check_sources(memory, copies, remote)
-            is_whole = await self._copy(memory, copies)
-            if not is_whole or not memory.is_alive():
+            digests = await self._copy(memory, copies)
+            if digests is None or not memory.is_alive():
                 raise PeerUnavailable(f"holder {remote.worker_id} or we went away during a pull")
             return PullStats(
                 num_bytes=sum(copy.num_bytes for copy in copies),
                 elapsed_s=self._clock.now() - started,
+                digests=digests,
             )
 
     def still(self, remote: RemoteHold, blocks: Sequence[BlockGeneration]) -> bool | None:
@@ -160,17 +133,21 @@ class ShmTransport:
         assert self._registered is not None, "not registered"
         return self._registered
 
-    async def _copy(self, memory: PeerMemory, copies: Sequence[BlockCopy]) -> bool:
-        """Whether all was copied. When this returns or raises, nothing is being copied."""
+    async def _copy(
+        self, memory: PeerMemory, copies: Sequence[BlockCopy]
+    ) -> tuple[int, ...] | None:
+        """Digests of what was copied; None if not all was. When this returns or raises, nothing
+        is being copied.
+        """
         here = self._here
         stop = threading.Event()
         self._stops.add(stop)
         copying = asyncio.get_running_loop().run_in_executor(
             here.executor,
-            _copy_runs,
+            _copy_blocks,
             memory,
             here.memory,
-            runs_of(copies, max_bytes=_RUN_NUM_BYTES),
+            copies,
             stop,
         )
         try:
@@ -204,16 +181,23 @@ def _check_sources(memory: PeerMemory, copies: Sequence[BlockCopy], remote: Remo
             )
 
 
-def _copy_runs(
-    memory: PeerMemory, target: npt.NDArray[np.uint8], runs: Iterable[Run], stop: threading.Event
-) -> bool:
-    for run in runs:
-        landing = target[run.target_offset : run.target_offset + run.num_bytes]
-        source = memory.bytes[run.source_offset : run.source_offset + run.num_bytes]
-        for first in range(0, run.num_bytes, _PIECE_NUM_BYTES):
+def _copy_blocks(
+    memory: PeerMemory,
+    target: npt.NDArray[np.uint8],
+    copies: Iterable[BlockCopy],
+    stop: threading.Event,
+) -> tuple[int, ...] | None:
+    digests: list[int] = []
+    for copy in copies:
+        landing = target[copy.target_offset : copy.target_offset + copy.num_bytes]
+        source = memory.bytes[copy.source_offset : copy.source_offset + copy.num_bytes]
+        digest = BlockDigest()
+        for first in range(0, copy.num_bytes, _PIECE_NUM_BYTES):
             if stop.is_set():
-                return False
+                return None
             piece = slice(first, first + _PIECE_NUM_BYTES)
             # numpy lets go of the interpreter for the length of each copy.
             np.copyto(landing[piece], source[piece])
-    return True
+            digest.update(landing[piece].data)
+        digests.append(digest.value)
+    return tuple(digests)

@@ -82,10 +82,16 @@ ENDS_BY_DEADLINE = {
     ("submit_decode", "lost"),
     ("pull_asked", "lost"),
     ("read_asked", "lost"),
+    ("digests", "lost"),
+    ("complete", "lost"),
     ("outputs", "lost"),
 }
 """gRPC loses no message of a connection that lives. If it did, somebody would wait here for an
 answer that cannot come, and only the caller's deadline would tell."""
+
+
+BY_STREAM = ("read_asked", "frame", "release_asked", "release_answered")
+"""Where memory is shared, bytes are no messages, and the fence is seen without asking."""
 
 
 def steps_and_faults() -> list[tuple[str, str]]:
@@ -98,7 +104,7 @@ async def test_whatever_happens_the_tokens_are_right(step, fault):
     Or, where only the caller's deadline can end it, they are the first ones and the status is
     typed; and what comes afterwards is served as ever.
     """
-    transport = "stream" if step in ("read_asked", "frame") else "shm"
+    transport = "stream" if step in BY_STREAM else "shm"
     may_end = (step, fault) in ENDS_BY_DEADLINE
     num = FAULTS[fault].num_each
     async with proxied_pool(num_prefill=num, num_decode=num, transport=transport) as pool:
@@ -119,16 +125,14 @@ async def test_whatever_happens_the_tokens_are_right(step, fault):
 @pytest.mark.parametrize("transport", ["shm", "stream"])
 async def test_without_a_fault_every_step_is_seen(transport):
     """
-    The names of the steps are those of messages that are really sent, and none is sent in vain.
+    The names of the steps are those of messages that are really sent.
     """
     async with proxied_pool(transport=transport) as pool:
         for prompt_ids in PROMPTS:
-            answer = await pool.ask(prompt_ids, MAX_TOKENS)
-            pool.require_right(answer, prompt_ids, MAX_TOKENS)
+            answer = await pool.ask(prompt_ids, 4 * MAX_TOKENS)
+            pool.require_right(answer, prompt_ids, 4 * MAX_TOKENS)
             assert answer.error is None
-        await until(lambda: pool.seen["release_answered"] == len(PROMPTS))
-        seen = pool.seen
+        expected = set(PREFILL_STEPS) - ({"read_asked", "frame"} if transport == "shm" else set())
+        await until(lambda: expected <= set(pool.seen))
 
-    only_by_stream = {"read_asked", "frame"} if transport == "shm" else set()
-    assert set(PREFILL_STEPS) - only_by_stream <= set(seen)
-    assert seen["opened"] == seen["complete"] == len(PROMPTS)
+    assert pool.seen["opened"] == pool.seen["complete"] == len(PROMPTS)

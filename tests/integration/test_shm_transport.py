@@ -21,7 +21,8 @@ from kvrelay.clock import MonotonicClock
 from kvrelay.errors import HandoffLost, KvCorrupt, PeerUnavailable
 from kvrelay.transfer import manifest
 from kvrelay.transfer.base import BlockCopy, BlockGeneration, RemoteHold
-from kvrelay.transfer.shm import Run, ShmTransport, runs_of
+from kvrelay.transfer.runs import Run, runs_of
+from kvrelay.transfer.shm import ShmTransport
 from kvrelay.transfer.shm_serve import ADDRESS_PREFIX, DescriptorServer
 from kvrelay.types import BlockId, TransportOffer
 from tests.support.kv_peer import HANDOFF, SMALL, copies_of, open_peer

@@ -18,7 +18,7 @@ from kvrelay.transfer.nixl_reads import (
     batches_of,
     outcome,
 )
-from kvrelay.transfer.shm import Run
+from kvrelay.transfer.runs import Run
 
 PATIENT = {"patience_s": 5.0, "quiesce_timeout_s": 5.0}
 
