@@ -133,6 +133,7 @@ class Lander:
                 on_landed(landed)
                 self._engine.join(request.seq_id, landed.output_ids, landed.num_tokens)
                 landing.intake.joined()
+                await _let_others_run()
                 self._log(landing, landed.cost)
                 await self._let_go(landing)
         except KvCorrupt as error:
@@ -387,6 +388,17 @@ class Lander:
             output_ids=completion.output_ids,
             block_digests=landing.intake.digests,
         )
+
+
+async def _let_others_run() -> None:
+    """Let the engine's thread have the interpreter, which it needs for the step that a caller waits
+    for: this one sleeps until a third thread had a turn as well.
+    """
+    await asyncio.get_running_loop().run_in_executor(None, _nothing)
+
+
+def _nothing() -> None:
+    """All that matters is who is woken for it."""
 
 
 async def _unless_lapsed(releasing: "asyncio.Task[None]") -> None:

@@ -41,6 +41,10 @@ from kvrelay.obs.metrics import WorkerMetrics
 from kvrelay.transfer.digest import DigestKind, handoff_digest, range_digests
 from kvrelay.transfer.frames import frames_of
 
+INLINE_NUM_BYTES = 8 << 20
+"""Of what is digested at once, in a third of a millisecond, so that blocks and digests are one
+message: a thread that is asked to do it waits for longer, and so does a second message."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -233,7 +237,9 @@ class HoldKeeper:
         self._changed(hold)
 
     def _have_digested(self, hold: Hold, kept: _Kept, layout: KvLayout, terms: PullTerms) -> None:
-        """Begin to digest what was announced, in a thread, while its puller hears of it."""
+        """Digest what was announced: now, or if it is much in a thread, while its puller hears of
+        it.
+        """
         if kept.digesting is not None and kept.digesting.done():
             kept.digesting.result()  # it failed, or it would not be there any more
         if not (hold.is_alive and hold.undigested) or kept.digesting is not None:
@@ -242,9 +248,14 @@ class HoldKeeper:
         ranges = [
             (self._packer.offset(block.block_id, layout), num_bytes) for block in hold.undigested
         ]
+        kind = DigestKind(terms.digest_kind)
+        if kind is DigestKind.XXH3 and len(ranges) * num_bytes <= INLINE_NUM_BYTES:
+            self.holds.digested(hold, range_digests(self.cache, ranges, kind))
+            self._changed(hold)
+            return
         # Not as a task: that would wait for its turn behind whatever is being sent.
         kept.digesting = asyncio.get_running_loop().run_in_executor(
-            None, range_digests, self.cache, ranges, DigestKind(terms.digest_kind)
+            None, range_digests, self.cache, ranges, kind
         )
         kept.digesting.add_done_callback(partial(self._digested, hold, kept))
 

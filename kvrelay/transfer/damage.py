@@ -25,6 +25,10 @@ class Landing:
     def __len__(self) -> int:
         return len(self._copies)
 
+    def only(self, i: int) -> "Landing":
+        """Copy number `i` alone."""
+        return Landing(self._cache, self._copies[i : i + 1], is_on_device=self._is_on_device)
+
     def read(self, i: int) -> bytes:
         """What is at the place of copy number `i` now."""
         copy = self._copies[i]

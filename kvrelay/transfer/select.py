@@ -119,8 +119,15 @@ def _compare(
             bytes_per_s = measured.get(name, nominal_bytes_per_s)
             ways.append(Way(offer=holder, bytes_per_s=bytes_per_s, is_measured=name in measured))
     # Equal ones stay in the order of what they should bring.
-    ways.sort(key=lambda way: -way.bytes_per_s)
+    ways.sort(key=lambda way: -_worth(way, is_any_measured=bool(measured)))
     return ways, problems
+
+
+def _worth(way: Way, *, is_any_measured: bool) -> float:
+    """Its figure; beside one that was measured, what is only believed counts for half, or a busy
+    moment of a good transport would be the end of it.
+    """
+    return way.bytes_per_s / (2 if is_any_measured and not way.is_measured else 1)
 
 
 def _named(name: str, offers: Sequence[TransportOffer]) -> TransportOffer | None:

@@ -14,6 +14,9 @@ from kvrelay.types import LinkSpeed
 MIN_NUM_BYTES: Final = 256 << 10
 """Of a pull that says something about bandwidth; smaller ones are round trips."""
 
+MIN_PULLS: Final = 4
+"""Of a holder by a transport before anything is said of it: the first ones open things."""
+
 MEMORY_NUM_BYTES: Final = 64 << 20
 """After so many bytes, what was seen before weighs half."""
 
@@ -27,6 +30,7 @@ class _Seen:
     num_bytes: float
     elapsed_s: float
     at_s: float
+    num_pulls: int = 1
 
 
 class LinkSpeeds:
@@ -49,12 +53,13 @@ class LinkSpeeds:
             kept = 0.5 ** (num_bytes / MEMORY_NUM_BYTES)
             seen.num_bytes += kept * before.num_bytes
             seen.elapsed_s += kept * before.elapsed_s
+            seen.num_pulls += before.num_pulls
         self._seen[key] = seen
         if len(self._seen) > MAX_LINKS:
             self._seen.popitem(last=False)
 
     def speeds(self, now_s: float) -> tuple[LinkSpeed, ...]:
-        """Every figure that still counts."""
+        """Every figure that counts, by now and still."""
         for key in [key for key, seen in self._seen.items() if self._is_stale(seen, now_s)]:
             del self._seen[key]
         return tuple(
@@ -64,6 +69,7 @@ class LinkSpeeds:
                 bytes_per_s=seen.num_bytes / seen.elapsed_s,
             )
             for (holder_id, transport), seen in self._seen.items()
+            if seen.num_pulls >= MIN_PULLS
         )
 
     def _is_stale(self, seen: _Seen, now_s: float) -> bool:

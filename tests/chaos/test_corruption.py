@@ -4,11 +4,13 @@ This is the quick tier. `make fuzz-handoff` does the same with 10 000 and 100 00
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 
 from kvrelay.transfer import nixl
 from tests.support.handoffs import HARMS, handoffs
+from tests.support.workers import LAYOUT
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]
 
@@ -37,3 +39,31 @@ async def test_every_corruption_is_caught_and_no_clean_handoff_is_refused(transp
     assert tally.num_clean == num_clean
     assert tally.num_caught == num_corruptions
     assert len(tally.caught) == len(HARMS), "every kind of harm was done"
+
+
+LARGER_BLOCKS = replace(LAYOUT, block_size=8)
+IN_BFLOAT16 = replace(LAYOUT, dtype="bfloat16", head_dim=16)
+
+
+@pytest.mark.parametrize(
+    ("holder", "puller", "num_clean"),
+    [
+        (LAYOUT, LARGER_BLOCKS, 400),
+        (LARGER_BLOCKS, LAYOUT, 400),
+        (IN_BFLOAT16, replace(IN_BFLOAT16, dtype="fp8"), 0),
+        (IN_BFLOAT16, replace(IN_BFLOAT16, dtype="int8", block_size=8), 0),
+    ],
+    ids=["to-larger-blocks", "to-smaller-blocks", "packed-to-fp8", "packed-to-int8"],
+)
+async def test_a_corruption_is_caught_in_another_form_too(holder, puller, num_clean):
+    """
+    What is digested is what travels, before it is unpacked into blocks of our own. (The scripted
+    model's KV does not survive rounding, so of those forms there is nothing clean.)
+    """
+    num_corruptions, num_clean = 80 // SHARE, num_clean // SHARE
+    pair = handoffs("shm", seed=SEED, holder_layout=holder, puller_layout=puller)
+    async with pair as it:
+        tally = await it.run(num_corruptions=num_corruptions, num_clean=num_clean)
+
+    assert not tally.wrong, f"seed={SEED}: {tally.wrong[:10]} and {len(tally.wrong)} in all"
+    assert (tally.num_caught, tally.num_clean) == (num_corruptions, num_clean)

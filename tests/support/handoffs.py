@@ -10,11 +10,12 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from kvrelay.engine.scheduler import StepLimits
 from kvrelay.kv.cache import KvCache
+from kvrelay.kv.layout import KvLayout
 from kvrelay.rpc import status
 from kvrelay.transfer.base import BlockCopy, KvTransport, PullStats, RemoteHold
 from kvrelay.transfer.chaos_spec import Damage
@@ -22,6 +23,7 @@ from kvrelay.transfer.damage import Landing, damage
 from tests.support.scripted_model import VOCAB_SIZE, expected_tokens
 from tests.support.workers import (
     BLOCK_SIZE,
+    LAYOUT,
     DecodeBench,
     PrefillBench,
     Session,
@@ -51,13 +53,26 @@ _CORRUPT = "KV_CORRUPT"
 
 
 class HarmingTransport:
-    """As `inner`, but damages what landed for the handoffs that are named in `harms`, once
-    each, at the first pull that brings something."""
+    """As `inner`, but what lands is not what the holder digested, for the handoffs that are named
+    in `harms`: once each, at the first pull that brings something.
 
-    def __init__(self, inner: KvTransport, harms: dict[str, Harm], rng: random.Random) -> None:
+    Either the bytes change on their way, which is done by changing them where they come from while
+    they are fetched; whoever digests what it copies must see that. Or they change once they are
+    here, and then nobody has digested them yet.
+    """
+
+    def __init__(
+        self,
+        inner: KvTransport,
+        harms: dict[str, Harm],
+        rng: random.Random,
+        *,
+        holder: PrefillBench,
+    ) -> None:
         self._inner = inner
         self._harms = harms
         self._rng = rng
+        self._holder = holder
         self._cache: KvCache | None = None
         self._earlier = b""
 
@@ -69,29 +84,47 @@ class HarmingTransport:
         self._inner.register(cache)
 
     async def pull(self, remote: RemoteHold, copies: Sequence[BlockCopy]) -> PullStats:
+        assert self._cache is not None
         harm = self._harms.pop(remote.handoff_id, None) if copies else None
+        landing = Landing(self._cache, copies, is_on_device=False)
         if harm is None:
             stats = await self._inner.pull(remote, copies)
-            self._remember(copies)
+            if copies:
+                self._earlier = landing.read(0)
             return stats
-        assert self._cache is not None
-        landing = Landing(self._cache, copies, is_on_device=False)
         before = [landing.read(i) for i in range(len(copies))]
-        stats = await self._inner.pull(remote, copies)
-        if isinstance(harm, Damage):
-            damage(landing, harm, self._rng, before=before, earlier=self._earlier)
-        else:
-            assert harm == "truncated", harm
-            first = self._rng.randrange(len(copies))
-            for i in range(first + 1, len(copies)):
-                landing.write(i, before[i])
-            last = Landing(self._cache, copies[first : first + 1], is_on_device=False)
-            damage(last, Damage.STALE, self._rng, before=before[first:], earlier=b"")
-        return stats
+        if self._rng.random() < 0.5:
+            stats = await self._inner.pull(remote, copies)
+            self._harm(landing, harm, before)
+            return replace(stats, digests=None)
+        await self._until_digested(remote.handoff_id)
+        origin = Landing(
+            self._holder.cache,
+            [replace(copy, target_offset=copy.source_offset) for copy in copies],
+            is_on_device=False,
+        )
+        right = [origin.read(i) for i in range(len(copies))]
+        self._harm(origin, harm, before)
+        try:
+            return await self._inner.pull(remote, copies)
+        finally:
+            for i, data in enumerate(right):
+                origin.write(i, data)
 
-    def _remember(self, copies: Sequence[BlockCopy]) -> None:
-        if copies and self._cache is not None:
-            self._earlier = Landing(self._cache, copies, is_on_device=False).read(0)
+    async def _until_digested(self, handoff_id: str) -> None:
+        """What changes before is digested as it then is."""
+        hold = self._holder.keeper.holds.alive(handoff_id)
+        assert hold is not None
+        await until(lambda: hold.is_told or not hold.is_alive)
+
+    def _harm(self, landing: Landing, harm: Harm, before: Sequence[bytes]) -> None:
+        kind = harm if isinstance(harm, Damage) else Damage.STALE
+        if harm == "truncated":
+            first = self._rng.randrange(len(landing))
+            for i in range(first + 1, len(landing)):
+                landing.write(i, before[i])
+            landing, before = landing.only(first), before[first : first + 1]
+        damage(landing, kind, self._rng, before=before, earlier=self._earlier)
 
 
 @dataclass(slots=True)
@@ -266,18 +299,27 @@ def status_reason(failed: Any) -> str:
 
 
 @contextlib.asynccontextmanager
-async def handoffs(transport: str, *, seed: int) -> AsyncIterator[Handoffs]:
-    """A pair that hands over by `transport`. At its end every block is given back."""
+async def handoffs(
+    transport: str,
+    *,
+    seed: int,
+    holder_layout: KvLayout = LAYOUT,
+    puller_layout: KvLayout = LAYOUT,
+) -> AsyncIterator[Handoffs]:
+    """A pair that hands over by `transport`. At its end every block is given back.
+
+    The scripted model's KV survives blocks of another size, but not another dtype.
+    """
     rng = random.Random(f"{seed}/{transport}")
     harms: dict[str, Harm] = {}
     options = {"num_blocks": NUM_BLOCKS, "limits": LIMITS, "transport": transport}
 
     def wrap(inner: KvTransport) -> KvTransport:
-        return HarmingTransport(inner, harms, rng)
+        return HarmingTransport(inner, harms, rng, holder=holder)
 
     async with (
-        prefill_worker(**options) as holder,
-        decode_worker(**options, wrap=wrap) as puller,
+        prefill_worker(**options, layout=holder_layout) as holder,
+        decode_worker(**options, layout=puller_layout, wrap=wrap) as puller,
         prefill_session(holder) as prefills,
         decode_session(puller) as decodes,
     ):

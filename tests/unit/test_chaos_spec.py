@@ -1,7 +1,12 @@
 """What `--chaos` takes, and how it refuses the rest."""
 
 import pytest
+from typer.testing import CliRunner
 
+from decode_svc.config import DecodeConfig
+from kvrelay.cli.app import app
+from kvrelay.config import SettingsError, read_settings
+from kvrelay.supervise.topology import Topology
 from kvrelay.transfer.chaos_spec import ChaosSpec, Fault, parse_chaos
 
 
@@ -48,7 +53,7 @@ def test_every_fault_can_be_asked_for(fault):
 )
 def test_what_cannot_be_is_refused(text):
     """A typo must not be a calm run."""
-    with pytest.raises(ValueError, match="may be drop|at most"):
+    with pytest.raises(ValueError, match=r"may be drop|at most"):
         parse_chaos(text)
 
 
@@ -56,3 +61,36 @@ def test_a_refusal_names_the_part_and_what_may_be_given():
     """So that nobody needs the documentation to mend it."""
     with pytest.raises(ValueError, match=r"'dorp=0\.1': unknown; may be drop\|delay\|.*seed=NUM"):
         parse_chaos("corrupt=0.05,dorp=0.1")
+
+
+def test_the_command_refuses_a_typo_before_it_starts_anything():
+    """With the sentence, as a wrong use of the command."""
+    result = CliRunner().invoke(app, ["up", "--chaos", "dorp=0.1"])
+
+    assert result.exit_code == 2
+    assert "'dorp=0.1': unknown" in result.output
+
+
+def test_only_decode_workers_are_told():
+    """They alone pull."""
+    topology = Topology(model="m", chaos="drop=0.1")
+    decode, prefill = (topology.worker(r, 0, coordinator="h:1") for r in ("decode", "prefill"))
+
+    assert decode[decode.index("--chaos") + 1] == "drop=0.1"
+    assert "--chaos" not in prefill
+    assert "--chaos" not in Topology(model="m").worker("decode", 0, coordinator="h:1")
+
+
+def test_a_decode_worker_refuses_a_typo_by_name():
+    """Its flag, its variable and its file take the same text."""
+    with pytest.raises(SettingsError, match=r"chaos = 'drop=2' from --chaos: .*0 to 1"):
+        read_settings(
+            DecodeConfig, service="decode", argv=["--model", "m", "--chaos", "drop=2"], environ={}
+        )
+    settings = read_settings(
+        DecodeConfig,
+        service="decode",
+        argv=["--model", "m"],
+        environ={"KVRELAY_DECODE_CHAOS": "drop=0.5,seed=3"},
+    )
+    assert settings.chaos_spec == ChaosSpec(rates={Fault.DROP: 0.5}, seed=3)
