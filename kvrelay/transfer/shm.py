@@ -47,7 +47,10 @@ class ShmTransport:
         clock: Clock,
         max_peers: int = 64,
         connect_timeout_s: float = 2.0,
+        digests: bool = True,
     ) -> None:
+        """Without `digests` they are the caller's to take, of memory that has cooled down."""
+        self._has_digests = digests
         self._worker_id = worker_id
         self._epoch = epoch
         self._max_peers = max_peers
@@ -104,7 +107,7 @@ class ShmTransport:
             return PullStats(
                 num_bytes=sum(copy.num_bytes for copy in copies),
                 elapsed_s=self._clock.now() - started,
-                digests=digests,
+                digests=digests if self._has_digests else None,
             )
 
     def still(self, remote: RemoteHold, blocks: Sequence[BlockGeneration]) -> bool | None:
@@ -149,6 +152,7 @@ class ShmTransport:
             here.memory,
             copies,
             stop,
+            self._has_digests,
         )
         try:
             return await asyncio.shield(copying)
@@ -186,7 +190,9 @@ def _copy_blocks(
     target: npt.NDArray[np.uint8],
     copies: Iterable[BlockCopy],
     stop: threading.Event,
+    has_digests: bool,
 ) -> tuple[int, ...] | None:
+    """Digests of all that was copied, none if they are not wanted; None if it was stopped."""
     digests: list[int] = []
     for copy in copies:
         landing = target[copy.target_offset : copy.target_offset + copy.num_bytes]
@@ -198,6 +204,7 @@ def _copy_blocks(
             piece = slice(first, first + _PIECE_NUM_BYTES)
             # numpy lets go of the interpreter for the length of each copy.
             np.copyto(landing[piece], source[piece])
-            digest.update(landing[piece].data)
+            if has_digests:
+                digest.update(landing[piece].data)
         digests.append(digest.value)
     return tuple(digests)

@@ -17,17 +17,25 @@ import statistics
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    suppress,
+)
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
+from kvrelay.clock import MonotonicClock
 from kvrelay.kv.layout import KvLayout
 from kvrelay.rpc.channel import open_channel
-from kvrelay.transfer.base import BlockCopy
+from kvrelay.transfer.base import BlockCopy, BlockGeneration
 from kvrelay.transfer.digest import DigestKind, range_digests
+from kvrelay.transfer.shm import ShmTransport
+from kvrelay.types import BlockId
 from kvrelay.v1 import handoff_pb2, handoff_pb2_grpc
 from tests.bench.nixl_alone import NixlAlone
 from tests.support.kv_peer import ChildPeer, Peer, copies_of, open_child, open_peer, why_not
@@ -77,6 +85,9 @@ class Bench:
 
     pullers: dict[str, Peer]
     holders: dict[str, ChildPeer]
+    digesting: Peer
+    """As `pullers["shm"]`, but digests what it copies on the way, as the product does."""
+
     alone: NixlAlone | None
     buffers: tuple[np.ndarray, np.ndarray]
     handoffs: "handoff_pb2_grpc.HandoffServiceAsyncStub"
@@ -110,7 +121,15 @@ class Bench:
             await self._pull(name, batch)
 
     async def _fetch_verified(self, name: str, copies: Sequence[BlockCopy]) -> None:
-        """As a decode worker does: each batch is digested while the next is fetched."""
+        """As a decode worker does. `shm` has digested what it copied, and lets us see the fence; of
+        the others each batch is digested while the next is fetched, and the holder is asked.
+        """
+        if name == "shm":
+            for batch in _batches(copies):
+                await self.digesting.transport.pull(self.holders[name].remote, batch)
+            blocks = [BlockGeneration(BlockId(copy.index), 0) for copy in copies]
+            assert self.digesting.transport.still(self.holders[name].remote, blocks)
+            return
         digesting: list[asyncio.Future[None]] = []
         for batch in _batches(copies):
             await self._pull(name, batch)
@@ -145,10 +164,7 @@ async def open_bench(num_blocks: int) -> AsyncIterator[Bench]:
                 continue
             child = open_child(name, layout=LAYOUT, num_blocks=num_blocks, seed=1)
             holders[name] = await stack.enter_async_context(child)
-            peer = open_peer(
-                name, layout=LAYOUT, num_blocks=num_blocks, worker_id="decode-0", epoch="e9"
-            )
-            pullers[name] = await stack.enter_async_context(peer)
+            pullers[name] = await stack.enter_async_context(_puller(name, num_blocks))
         alone = None
         if "nixl" in pullers:
             alone = NixlAlone(pullers["nixl"].cache, holders["nixl"].remote.offer.address)
@@ -159,10 +175,21 @@ async def open_bench(num_blocks: int) -> AsyncIterator[Bench]:
         yield Bench(
             pullers=pullers,
             holders=holders,
+            digesting=await stack.enter_async_context(_puller("shm", num_blocks, digests=True)),
             alone=alone,
             buffers=(np.ones(num_bytes, np.uint8), np.zeros(num_bytes, np.uint8)),
             handoffs=handoff_pb2_grpc.HandoffServiceStub(channel),
         )
+
+
+def _puller(
+    name: str, num_blocks: int, *, digests: bool = False
+) -> AbstractAsyncContextManager[Peer]:
+    names = {"worker_id": "decode-0", "epoch": "e9"}
+    transport = None
+    if name == "shm":
+        transport = ShmTransport(clock=MonotonicClock(), digests=digests, **names)
+    return open_peer(name, layout=LAYOUT, num_blocks=num_blocks, transport=transport, **names)
 
 
 async def measure(bench: Bench, work: Work, *, num_repeats: int) -> Result:
@@ -209,8 +236,10 @@ def as_markdown(results: Sequence[Result], *, command: str, num_repeats: int) ->
         "## Digest and fence",
         "",
         "xxh3 of all blocks as they lie in memory, by one thread, and one `Release` call. Then",
-        f"what both add to a pull by batches of {BATCH_NUM_BLOCKS} blocks, of which each is",
-        "digested in a thread while the next is fetched, as a decode worker does.",
+        f"what both add to a pull by batches of {BATCH_NUM_BLOCKS} blocks, as a decode worker does it:",
+        "shm digests each block right after it was copied, and the fence is looked up in the",
+        "holder's memory; of the others each batch is digested while the next is fetched, and the",
+        "holder answers `Release`.",
         "",
         *_table(
             ("MB", "digest ms", "digest GB/s", "fence ms", *(f"{t} added" for t in TRANSPORTS)),
