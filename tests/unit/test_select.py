@@ -69,10 +69,13 @@ def test_the_offer_is_the_holders():
     ("measured", "chosen", "bytes_per_s", "is_measured"),
     [
         ({}, "shm", 6e9, False),
-        ({"shm": 2e9}, "nixl", 3e9, False),
-        ({"shm": 2e9, "nixl": 1.5e9}, "shm", 2e9, True),
-        ({"shm": 0.5e9, "nixl": 0.2e9}, "stream", 1e9, False),
-        ({"shm": 0.5e9, "nixl": 0.2e9, "stream": 0.4e9}, "shm", 0.5e9, True),
+        ({"shm": 1.4e9}, "nixl", 3e9, False),
+        ({"shm": 1.4e9, "nixl": 1.3e9}, "shm", 1.4e9, True),
+        ({"shm": 0.4e9, "nixl": 0.2e9}, "stream", 1e9, False),
+        ({"shm": 0.4e9, "nixl": 0.2e9, "stream": 0.3e9}, "shm", 0.4e9, True),
+        ({"shm": 1.4e9, "nixl": 1.5e9}, "nixl", 1.5e9, True),
+        ({"stream": 2.9e9}, "shm", 6e9, False),
+        ({"stream": 3.1e9}, "stream", 3.1e9, True),
         ({"cuda_ipc": 90e9}, "shm", 6e9, False),
     ],
 )
@@ -85,17 +88,36 @@ def test_what_was_measured_replaces_what_was_believed(measured, chosen, bytes_pe
     assert (way.offer.name, way.bytes_per_s, way.is_measured) == (chosen, bytes_per_s, is_measured)
 
 
+@pytest.mark.parametrize(
+    ("shm_bytes_per_s", "chosen"),
+    [(5e9, "shm"), (0.9e9, "shm"), (0.5e9, "shm"), (0.49e9, "stream"), (1e6, "stream")],
+)
+def test_shared_memory_gives_way_when_bad_and_not_for_a_busy_moment(shm_bytes_per_s, chosen):
+    """What is only believed counts half beside a measured one, and must then be the better."""
+    common = offers("shm", "stream")
+
+    assert choose_offer(common, common, {"shm": shm_bytes_per_s}).name == chosen
+
+
+def test_two_that_were_measured_are_compared_in_full():
+    """The half is for what nobody saw; a stream that was seen to be a little faster is taken."""
+    common = offers("shm", "stream")
+
+    assert choose_offer(common, common, {"shm": 0.9e9, "stream": 0.95e9}).name == "stream"
+
+
 @given(
     st.lists(st.sampled_from(ALL), unique=True),
     st.lists(st.sampled_from(ALL), unique=True),
     st.booleans(),
     st.dictionaries(st.sampled_from(ALL), st.floats(1.0, 1e12)),
 )
-def test_no_other_way_that_both_can_do_is_faster(holder, puller, is_one_host, measured):
-    """By the figures at hand, whatever is offered and measured."""
+def test_no_other_way_that_both_can_do_is_worth_more(holder, puller, is_one_host, measured):
+    """By what was measured and half of what is believed, whatever is offered and measured."""
     usable = {name for name in {*holder} & {*puller} if is_one_host or name not in HOST_BOUND}
     here, there = offers(*holder), offers(*puller, host="here" if is_one_host else "there")
     figures = {name: measured.get(name, NOMINAL_BYTES_PER_S[name]) for name in usable}
+    worth = {name: figures[name] / (1 if name in measured else 2) for name in usable}
     if not usable:
         with pytest.raises(Incompatible):
             choose(here, there, measured)
@@ -104,7 +126,8 @@ def test_no_other_way_that_both_can_do_is_faster(holder, puller, is_one_host, me
     way = choose(here, there, measured)
 
     assert way.offer in here
-    assert way.bytes_per_s == figures[way.offer.name] == max(figures.values())
+    assert way.bytes_per_s == figures[way.offer.name]
+    assert worth[way.offer.name] == max(worth.values())
 
 
 @pytest.mark.parametrize(
@@ -139,8 +162,11 @@ def test_no_common_transport_is_incompatible_with_the_reason(holder, puller, rea
          "shm at 6.0 GB/s nominal; not cuda_ipc: the puller does not offer it; "
          "not nccl: the holder does not offer it; not stream: the holder does not offer it"),
         (offers("shm", "stream"), offers("shm", "stream"), {"shm": 0.9e9},
+         "shm at 900.0 MB/s; not cuda_ipc: the holder does not offer it; "
+         "not nccl: the holder does not offer it; not stream at 1.0 GB/s nominal"),
+        (offers("shm", "stream"), offers("shm", "stream"), {"shm": 0.4e9},
          "stream at 1.0 GB/s nominal; not cuda_ipc: the holder does not offer it; "
-         "not nccl: the holder does not offer it; not shm at 900.0 MB/s; "
+         "not nccl: the holder does not offer it; not shm at 400.0 MB/s; "
          "not nixl: the holder does not offer it"),
     ],
 )  # fmt: skip
