@@ -236,7 +236,7 @@ def as_markdown(results: Sequence[Result], *, command: str, num_repeats: int) ->
         "## Digest and fence",
         "",
         "xxh3 of all blocks as they lie in memory, by one thread, and one `Release` call. Then",
-        f"what both add to a pull by batches of {BATCH_NUM_BLOCKS} blocks, as decode workers do it:",
+        f"what both add to a pull by batches of {BATCH_NUM_BLOCKS} blocks, as decode workers do:",
         "shm digests each block right after it was copied, and the fence is looked up in the",
         "holder's memory; of the others each batch is digested while the next is fetched, and the",
         "holder answers `Release`.",
