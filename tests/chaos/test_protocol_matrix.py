@@ -79,16 +79,13 @@ for role in Role:
     }
 
 ENDS_BY_DEADLINE = {
-    ("submit_decode", "lost"),
-    ("pull_asked", "lost"),
-    ("read_asked", "lost"),
-    ("digests", "lost"),
-    ("complete", "lost"),
+    *(("submit_decode", "lost"), ("pull_asked", "lost"), ("read_asked", "lost")),
+    *(("opened", "lost"), ("blocks", "lost"), ("digests", "lost"), ("complete", "lost")),
     ("outputs", "lost"),
 }
 """gRPC loses no message of a connection that lives. If it did, somebody would wait here for an
-answer that cannot come, and only the caller's deadline would tell."""
-
+answer that cannot come, and only the caller's deadline would tell: for announcements at least where
+one message has them all."""
 
 BY_STREAM = ("read_asked", "frame", "release_asked", "release_answered")
 """Where memory is shared, bytes are no messages, and the fence is seen without asking."""
