@@ -271,16 +271,19 @@ def _pull_source(work: Work, placement: Placement) -> decode_pb2.PullSource | No
         puller_id=puller.worker_id,
         puller_epoch=puller.epoch,
     )
+    others = alternatives(
+        holder.offers,
+        puller.offers,
+        placement.decode.measured_from(placement.holder),
+        to=placement.offer,
+    )
     return decode_pb2.PullSource(
         handoff_id=work.handoff_id,
         worker_id=holder.worker_id,
         epoch=holder.epoch,
         address=holder.address,
         offer=convert.offer_to_wire(placement.offer),
-        other_offers=[
-            convert.offer_to_wire(offer)
-            for offer in alternatives(holder.offers, puller.offers, to=placement.offer)
-        ],
+        other_offers=[convert.offer_to_wire(offer) for offer in others],
         ticket=sign(ticket, placement.holder.ticket_key),
         is_running=placement.running is not None,
     )

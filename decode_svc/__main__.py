@@ -89,6 +89,7 @@ def _lander(
             speeds=speeds,
             metrics=parts.metrics,
             clock=parts.clock,
+            on_lost=process.crash,
         ),
         transports=_transports(config, name, parts),
         holders=HolderClient(

@@ -24,6 +24,10 @@ from kvrelay.v1 import common_pb2, decode_pb2, handoff_pb2
 MOVE_SLACK_TOKENS = 256
 """A sequence that moves may generate so many more tokens before its blocks are here."""
 
+MAX_OTHER_OFFERS = convert.MAX_OFFERS - 1
+MAX_TICKET_BYTES = 64
+"""More than any ticket has; which one is genuine is for its holder to say."""
+
 
 @dataclass(frozen=True, slots=True)
 class Puller:
@@ -129,28 +133,26 @@ def submit_from_wire(
 
 
 def hand_over_from_wire(attempt: Attempt, message: decode_pb2.HandOver) -> HandOver:
-    if not message.puller_id:
-        raise InvalidRequest("hand_over.puller_id", "empty")
     return HandOver(
         attempt=attempt,
         handoff_id=submit.id_from_wire("hand_over.handoff_id", message.handoff_id),
-        puller_id=message.puller_id,
+        puller_id=convert.worker_id_from_wire("hand_over.puller_id", message.puller_id),
     )
 
 
 def _source_from_wire(pull: decode_pb2.PullSource) -> RemoteHold:
-    for field in ("worker_id", "epoch", "address"):
-        if not getattr(pull, field):
-            raise InvalidRequest(f"pull.{field}", "empty")
+    if len(pull.other_offers) > MAX_OTHER_OFFERS:
+        problem = f"{len(pull.other_offers)}, at most {MAX_OTHER_OFFERS}"
+        raise InvalidRequest("pull.other_offers", problem)
+    if len(pull.ticket) > MAX_TICKET_BYTES:
+        raise InvalidRequest("pull.ticket", f"{len(pull.ticket)} bytes, at most {MAX_TICKET_BYTES}")
     return RemoteHold(
         handoff_id=submit.id_from_wire("pull.handoff_id", pull.handoff_id),
-        worker_id=pull.worker_id,
-        epoch=pull.epoch,
-        address=pull.address,
+        worker_id=convert.worker_id_from_wire("pull.worker_id", pull.worker_id),
+        epoch=convert.epoch_from_wire("pull.epoch", pull.epoch),
+        address=convert.address_from_wire("pull.address", pull.address),
         offer=convert.offer_from_wire(pull.offer),
-        other_offers=tuple(
-            convert.offer_from_wire(offer) for offer in pull.other_offers[: convert.MAX_OFFERS]
-        ),
+        other_offers=tuple(convert.offer_from_wire(offer) for offer in pull.other_offers),
         ticket=pull.ticket,
     )
 

@@ -1,13 +1,13 @@
 """Brings announced bytes here, and has them measured and put where they are computed with."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
 from decode_svc.area import LandingArea
 from decode_svc.under_way import Landing
 from kvrelay.clock import Clock
-from kvrelay.errors import Incompatible, QuiescenceLost
+from kvrelay.errors import Incompatible, PeerUnavailable, QuiescenceLost
 from kvrelay.handoff.forms import unpacking_for
 from kvrelay.kv.cache import KvCache
 from kvrelay.obs.metrics import WorkerMetrics
@@ -27,7 +27,11 @@ class Fetcher:
         speeds: LinkSpeeds,
         metrics: WorkerMetrics,
         clock: Clock,
+        on_lost: Callable[[BaseException], None],
     ) -> None:
+        """`on_lost` ends the process: something may still write where a pull was to land."""
+        self._on_lost = on_lost
+        self._kept_for_ever: list[AsyncExitStack] = []
         self._cache = cache
         self._area = area
         self._speeds = speeds
@@ -81,8 +85,15 @@ class Fetcher:
     ) -> PullStats:
         try:
             return await landing.transport.pull(landing.hold, copies)
-        except QuiescenceLost:
-            held.pop_all()  # nobody else may have that memory again
+        except QuiescenceLost as lost:
+            # Now, and not when this has come to the one who waits for it: a cancellation could
+            # come first. And nobody may have that memory again.
+            landing.is_quiet = False
+            self._kept_for_ever.append(held.pop_all())
+            self._on_lost(lost)
+            raise
+        except PeerUnavailable:
+            self._speeds.failed(landing.hold.worker_id, landing.transport.name, self._clock.now())
             raise
 
     async def _copies(

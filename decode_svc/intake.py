@@ -397,8 +397,8 @@ class Intake:
         if len(is_float32) > 1:
             raise Incompatible(f"KV of {wire.dtype}, ours is {own.dtype}")
         if asked != "auto" and DTYPE_NUM_BYTES[wire.dtype] > DTYPE_NUM_BYTES[asked]:
-            raise Incompatible(
-                f"the holder sends {wire.dtype} and cannot pack to {asked}; "
+            raise HandoffLost(
+                f"the holder sends {wire.dtype} and does not pack to {asked}: see its `packs_to`; "
                 "wire_dtype = auto takes what it has"
             )
 

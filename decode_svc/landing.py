@@ -29,7 +29,7 @@ from decode_svc.under_way import Landing, Source
 from kvrelay.clock import Clock
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.request import EngineRequest, Granted
-from kvrelay.errors import HandoffLost, KvCorrupt, KvPoolExhausted, QuiescenceLost, ServingError
+from kvrelay.errors import HandoffLost, KvCorrupt, KvPoolExhausted, ServingError
 from kvrelay.kv.cache import KvCache
 from kvrelay.obs.metrics import WorkerMetrics
 from kvrelay.transfer.base import BlockGeneration, KvTransport
@@ -125,7 +125,6 @@ class Lander:
         source = replace(source, hold=hold)
         self._require_fits(request)
         landing = self._landings[request.seq_id] = self._begin(request, source, transport)
-        is_quiet = True
         try:
             async with self._listening(landing):
                 landed = await self._bring(landing)
@@ -139,18 +138,14 @@ class Lander:
         except KvCorrupt as error:
             if landing.lost not in (None, error):
                 raise landing.lost from error  # it lapsed: the bytes may well be another's
-            if source.is_running:
-                await self._require_offered(landing)
+            await self._require_held(landing)
             self._metrics.kv_corrupt.inc()
-            raise
-        except QuiescenceLost:
-            is_quiet = False
             raise
         finally:
             del self._landings[request.seq_id]
             if landing.intake.state is not IntakeState.JOINED:
                 landing.intake.failed()
-                if landing.is_submitted and is_quiet:
+                if landing.is_submitted and landing.is_quiet:
                     self._engine.release(request.seq_id)
 
     def _begin(self, request: EngineRequest, source: Source, transport: KvTransport) -> Landing:
@@ -214,10 +209,12 @@ class Lander:
             landing.announced_s = self._clock.now()
             landing.num_overlapped_bytes = intake.num_landed_bytes
 
-    async def _require_offered(self, landing: Landing) -> None:
-        """Raise HandoffLost if the sequence is no longer to move: its holder may have taken its
-        blocks back without our having heard, and what we read is nobody's corruption.
+    async def _require_held(self, landing: Landing) -> None:
+        """Raise HandoffLost if the holder has taken its blocks back without our having heard: then
+        what we read may well be another's, and is nobody's corruption.
         """
+        if landing.is_released:
+            return  # it was held until then
         try:
             await self._holders.freeze(landing.hold)
         except HandoffLost:
@@ -243,7 +240,6 @@ class Lander:
                     await asyncio.gather(releasing, return_exceptions=True)
         finally:
             await over(landing.measuring)
-        landing.is_released = not is_fenced
         return self._landed(landing, verified_s=verified_s)
 
     def _is_fenced(self, landing: Landing) -> bool:
@@ -269,6 +265,7 @@ class Lander:
 
     async def _release(self, landing: Landing) -> None:
         await self._holders.release(landing.hold, landing.intake.generations)
+        landing.is_released = True
 
     async def _let_go(self, landing: Landing) -> None:
         """Tell the holder that we have everything, if it was not asked before. If it does not
@@ -290,6 +287,7 @@ class Lander:
             landing.changed.clear()
             landing.require_holder()
             self._require_measured(landing)
+            self._require_room_in_time(landing)
             if intake.wants_grant and not landing.is_submitted:
                 self._engine.submit(landing.request)
                 landing.is_submitted = True
@@ -301,6 +299,17 @@ class Lander:
             else:
                 await landing.changed.wait()
         landing.landed_s = max(landing.landed_s, landing.announced_s or 0.0)
+
+    def _require_room_in_time(self, landing: Landing) -> None:
+        """Raise HandoffLost if a running sequence has stopped because it reached the limit that we
+        set, and there is still no room for it here: it can go on where it is.
+        """
+        intake = landing.intake
+        if landing.source.is_running and intake.completion is not None and intake.wants_grant:
+            raise HandoffLost(
+                f"no blocks here for {intake.completion.num_tokens} tokens in time",
+                handoff_id=landing.hold.handoff_id,
+            )
 
     def _is_time_to_freeze(self, landing: Landing) -> bool:
         intake = landing.intake

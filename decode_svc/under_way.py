@@ -33,9 +33,12 @@ class Landing:
     is_submitted: bool = False
     """Whether the engine knows the sequence, so that somebody must release it."""
 
+    is_quiet: bool = True
+    """Whether it is certain that nothing writes to its blocks once its pull has ended."""
+
     is_freezing: bool = False
     is_released: bool = False
-    """Whether the holder knows that we have everything."""
+    """Whether the holder has said that it held everything until we had it."""
 
     num_cached_tokens: int = 0
     first_announced_s: float | None = None

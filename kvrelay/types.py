@@ -197,8 +197,8 @@ class WorkerLoad:
     preemptions_total: int = 0
     is_draining: bool = False
     waiting_handoffs: int = 0
-    """P: holds whose puller has taken nothing of what is ready. D: handoffs that have bytes to
-    fetch and wait for blocks."""
+    """P: finished holds that were not released. D: handoffs that have bytes to fetch and wait for
+    blocks."""
 
     links: tuple[LinkSpeed, ...] = ()
     """Of pulls to this worker."""

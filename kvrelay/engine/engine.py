@@ -19,8 +19,9 @@ import structlog
 from kvrelay.clock import Clock
 from kvrelay.engine.batch import Runner
 from kvrelay.engine.cores import Presence, Unseen
+from kvrelay.engine.plan import StepPlan
 from kvrelay.engine.request import ChunkDone, EngineRequest, Frozen, Granted, StepResult
-from kvrelay.engine.scheduler import Scheduler, StepPlan
+from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import State
 from kvrelay.engine.timing import StepMeter, Stopwatch
 from kvrelay.errors import Draining
@@ -198,6 +199,18 @@ class Engine:
                 step_s=self._meter.step_s,
                 preemptions_total=scheduler.num_preemptions,
             )
+
+    def pin(self, blocks: Sequence[BlockId]) -> None:
+        """Add a holder to blocks, whatever becomes of those they have; `unpin` takes it away."""
+        with self._changed:
+            self._scheduler.pin(blocks)
+
+    def unpin(self, blocks: Sequence[BlockId]) -> None:
+        with self._changed:
+            self._scheduler.unpin(blocks)
+            granted = self._scheduler.grant()
+            self._changed.notify_all()
+        self._tell(StepResult(granted=granted))
 
     def generations(self, blocks: Sequence[BlockId]) -> list[int]:
         """See `BlockPool.generation`; of all at one instant."""

@@ -14,9 +14,8 @@ its tokens. So the oldest always makes progress, and every sequence becomes the 
 from bisect import insort
 from collections import Counter
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
-from kvrelay.engine.batch import Rows
+from kvrelay.engine.plan import Draft, StepLimits, StepOutcome, StepPlan
 from kvrelay.engine.request import (
     ChunkDone,
     Emitted,
@@ -36,66 +35,6 @@ LONG_PROMPT_SHARE = 4
 """One in so many rows of a step is kept for long prompts while brief ones pass."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepLimits:
-    """What bounds one step, and the line before it."""
-
-    budget_tokens: int
-    """Most rows in one step. Larger raises throughput, and the gap between tokens of
-    whoever decodes beside a long prompt."""
-
-    max_chunk_tokens: int
-    """Most rows of one sequence in one step."""
-
-    max_sequences: int
-    """Most sequences in one step."""
-
-    max_waiting: int
-    """Sequences waiting for blocks before new ones are refused with QUEUE_FULL. Preempted
-    ones, at most `max_sequences`, come on top."""
-
-    def __post_init__(self) -> None:
-        assert min(self.max_chunk_tokens, self.max_sequences, self.max_waiting) > 0, self
-        # Every decoding sequence gets its row in every step.
-        assert self.budget_tokens >= self.max_sequences, self
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
-    """Rows to compute now, one `Rows` per sequence, and grants made on the way."""
-
-    sequences: tuple[Sequence, ...]
-    rows: tuple[Rows, ...]
-    granted: tuple[Granted, ...]
-    withdrawn: tuple[str, ...]
-    """Sequences on offer that were preempted for it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepOutcome:
-    """What a computed step means."""
-
-    emitted: tuple[Emitted, ...]
-    chunks: tuple[ChunkDone, ...]
-    frozen: tuple[Frozen, ...]
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A plan being written."""
-
-    budget_left: int
-    sequences: list[Sequence] = field(default_factory=list)
-    rows: list[Rows] = field(default_factory=list)
-    withdrawn: list[str] = field(default_factory=list)
-
-    def add(self, seq: Sequence, limit_tokens: int) -> None:
-        rows = seq.next_rows(min(limit_tokens, self.budget_left))
-        self.budget_left -= len(rows.token_ids)
-        self.sequences.append(seq)
-        self.rows.append(rows)
-
-
 class Scheduler:
     """Owns every sequence of an engine, and decides; synchronous, deterministic, no I/O.
 
@@ -113,6 +52,7 @@ class Scheduler:
         # were never admitted.
         self._lines: dict[State, list[Sequence]] = {state: [] for state in State}
         self._in_step: StepPlan | None = None
+        self._pinned: Counter[BlockId] = Counter()
         self._num_arrived = 0
         self.num_preemptions = 0
 
@@ -122,7 +62,7 @@ class Scheduler:
 
     @property
     def is_empty(self) -> bool:
-        return not self._sequences
+        return not self._sequences and not self._pinned.total()
 
     @property
     def queued_prompt_tokens(self) -> int:
@@ -241,6 +181,15 @@ class Scheduler:
         if seq.state is State.HELD:
             self._move(seq, State.RUNNING)
 
+    def pin(self, blocks: Seq[BlockId]) -> None:
+        """Keep blocks from being reused while somebody outside reads them."""
+        self._pool.share(blocks)
+        self._pinned.update(blocks)
+
+    def unpin(self, blocks: Seq[BlockId]) -> None:
+        self._pinned.subtract(blocks)
+        self._pool.release(blocks)
+
     def grant(self) -> tuple[Granted, ...]:
         """Give blocks to landing sequences whose turn it is; possible during a step."""
         return self._admit(None)
@@ -252,7 +201,7 @@ class Scheduler:
         there is nothing to commit.
         """
         assert self._in_step is None, "the last step was not committed"
-        draft = _Draft(self._limits.budget_tokens)
+        draft = Draft(self._limits.budget_tokens)
         self._continue_generating(draft)
         self._let_brief_prompts_pass(draft)
         self._continue_prompts(draft)
@@ -291,7 +240,7 @@ class Scheduler:
     def check(self) -> None:
         """Prove that blocks and sequences agree: every holder is a sequence we know."""
         self._pool.check()
-        holders: Counter[BlockId] = Counter()
+        holders: Counter[BlockId] = Counter(self._pinned)
         for seq in self._sequences.values():
             assert seq in self._lines[seq.state], seq.seq_id
             assert seq.num_computed <= seq.num_slots, seq.seq_id
@@ -306,7 +255,7 @@ class Scheduler:
 
     # Planning
 
-    def _continue_generating(self, draft: _Draft) -> None:
+    def _continue_generating(self, draft: Draft) -> None:
         generating = [seq for seq in self._lines[State.RUNNING] if not seq.is_prefilling]
         for i, seq in enumerate(generating):
             if seq.state is not State.RUNNING:
@@ -318,7 +267,7 @@ class Scheduler:
             if count:
                 draft.add(seq, count)
 
-    def _let_brief_prompts_pass(self, draft: _Draft) -> None:
+    def _let_brief_prompts_pass(self, draft: Draft) -> None:
         """While a long prompt is computed, those of one chunk go first, admitted or waiting."""
         prompts = [seq for seq in self._lines[State.RUNNING] if seq.is_prefilling]
         if all(map(self._is_brief, prompts)):
@@ -339,7 +288,7 @@ class Scheduler:
             else:
                 return
 
-    def _continue_prompts(self, draft: _Draft) -> None:
+    def _continue_prompts(self, draft: Draft) -> None:
         for seq in self._lines[State.RUNNING]:
             if draft.budget_left == 0:
                 return
@@ -350,7 +299,7 @@ class Scheduler:
         num_left = seq.num_tokens_admitted - seq.num_computed
         return num_left <= self._limits.max_chunk_tokens
 
-    def _make_slots(self, seq: Sequence, num_tokens: int, draft: _Draft) -> int:
+    def _make_slots(self, seq: Sequence, num_tokens: int, draft: Draft) -> int:
         """Grow a block table for the next `num_tokens` rows; returns how many rows fit."""
         while (num_ready := seq.num_slots - seq.num_computed) < num_tokens:
             if self._pool.num_available:
@@ -361,7 +310,7 @@ class Scheduler:
                 return 0
         return num_tokens
 
-    def _preempt_youngest(self, besides: Sequence, draft: _Draft) -> bool:
+    def _preempt_youngest(self, besides: Sequence, draft: Draft) -> bool:
         """Take the blocks of the youngest that can start again; perhaps of `besides` itself.
 
         False if only `besides` could: then it sits this step out, because giving its
@@ -381,7 +330,7 @@ class Scheduler:
         self.num_preemptions += 1
         return True
 
-    def _admit(self, draft: _Draft | None) -> tuple[Granted, ...]:
+    def _admit(self, draft: Draft | None) -> tuple[Granted, ...]:
         """Admit from the head of the line until the head must wait.
 
         A sequence to be computed waits for budget as well as for blocks, so it needs a

@@ -23,6 +23,10 @@ def handoff_id_from_wire(handoff_id: str) -> str:
     return submit.id_from_wire("handoff_id", handoff_id)
 
 
+def link_id_from_wire(link_id: str) -> str:
+    return submit.id_from_wire("link_id", link_id)
+
+
 def terms_from_wire(request: handoff_pb2.PullRequest, ours: Fingerprint) -> PullTerms:
     """How the puller wants its blocks, given what it is.
 

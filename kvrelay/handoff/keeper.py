@@ -57,8 +57,6 @@ class _Kept:
     digesting: "asyncio.Future[list[int]] | None" = None
 
     last_word: Completed | None = None
-    num_readers: int = 0
-    """Copies that we take part in. The blocks stay where they are until all are over."""
 
 
 class HoldKeeper:
@@ -178,6 +176,7 @@ class HoldKeeper:
                     yield event
         finally:
             self.holds.disconnect(hold, self._clock.now())
+            self._changed(hold)  # a release may wait for what nobody digests any more
             self._forget_if_gone(hold)
             self._arm()
 
@@ -328,27 +327,23 @@ class HoldKeeper:
     def reading(
         self, handoff_id: str, puller_id: str, indexes: Sequence[int]
     ) -> Iterator[list[tuple[int, int]]]:
-        """As `ranges`, for a copy that we take part in: whatever becomes of the hold, its blocks
-        are not reused meanwhile. Never again after `QuiescenceLost`: the process must end.
+        """As `ranges`, for a copy that we take part in: whatever becomes of the hold and of its
+        sequence, the blocks are not reused meanwhile. Never again after `QuiescenceLost`: the
+        process must end.
         """
         ranges = self.ranges(handoff_id, puller_id, indexes)
         hold = self.holds.find(handoff_id, puller_id)
-        kept = self._keep(hold)
-        kept.num_readers += 1
+        blocks = [hold.announced[index].block_id for index in indexes]
+        self._engine.pin(blocks)
         try:
             yield ranges
         except QuiescenceLost:
             raise
         except BaseException:
-            self._read(hold, kept)
+            self._engine.unpin(blocks)
             raise
         else:
-            self._read(hold, kept)
-
-    def _read(self, hold: Hold, kept: _Kept) -> None:
-        kept.num_readers -= 1
-        if not (hold.is_alive or kept.num_readers):
-            self._give_up(hold, kept)
+            self._engine.unpin(blocks)
 
     def freeze(self, handoff_id: str, puller_id: str) -> None:
         """Have a running sequence stop after its step. A prompt has stopped or will anyway.
@@ -400,13 +395,9 @@ class HoldKeeper:
     def _end(self, hold: Hold) -> None:
         kept = self._keep(hold)
         self._changed(hold)
-        if not kept.num_readers:
-            self._give_up(hold, kept)
-        self._arm()
-
-    def _give_up(self, hold: Hold, kept: _Kept) -> None:
         kept.on_end(hold.state)
         self._forget_if_gone(hold)
+        self._arm()
 
     def _keep(self, hold: Hold) -> _Kept:
         kept = self._kept.get(hold)
@@ -415,9 +406,7 @@ class HoldKeeper:
         return kept
 
     def _forget_if_gone(self, hold: Hold) -> None:
-        kept = self._kept.get(hold)
-        num_readers = kept.num_readers if kept is not None else 0
-        is_waited_for = hold.is_alive or hold.num_pulls > 0 or num_readers > 0
+        is_waited_for = hold.is_alive or hold.num_pulls > 0
         if not is_waited_for:
             self._kept.pop(hold, None)
 

@@ -1,4 +1,4 @@
-"""Puts a holder's blocks where they travel from, in the form that they travel in."""
+"""Puts a holder's blocks where they travel from: the side of the cache, and the form."""
 
 import asyncio
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Packer:
         self._cache = cache
         self._staging = staging
         self._packed: dict[tuple[str, DigestKind], dict[BlockId, int]] = {}
-        """Generations of the blocks that lie in staging, by what they were packed to and where."""
+        """Generations of the blocks that lie there, by what they were packed to and where."""
 
     def wire_layout(self, terms: PullTerms) -> KvLayout:
         """In which form blocks are moved on these terms: ours where we cannot pack to theirs."""
@@ -53,8 +53,10 @@ class Packer:
     ) -> None:
         """Have blocks lie where they travel from. What does already is left alone: another puller
         may be reading it. But for blocks that may have grown since.
+
+        Their step is over, so a device has written what it was to write.
         """
-        if layout == self._cache.layout:
+        if self._is_there(layout, kind):
             return
         there = self._packed.setdefault((layout.dtype, kind), {})
         missing = [
@@ -67,7 +69,7 @@ class Packer:
             there.pop(block_id, None)
         offsets = [self.offset(block_id, layout) for block_id in ids]
         packing = asyncio.get_running_loop().run_in_executor(
-            None, packing_for(kind), self._cache, ids, layout, offsets
+            None, self._put, ids, layout, kind, offsets
         )
         # Whoever is cancelled waits all the same: the next to pack may have the same blocks.
         await ended(packing, within_s=TIMEOUT_S)
@@ -75,3 +77,21 @@ class Packer:
         packing.result()
         if not may_grow:
             there.update((block.block_id, block.generation) for block in missing)
+
+    def _is_there(self, layout: KvLayout, kind: DigestKind) -> bool:
+        """Whether blocks travel as they are, from where they are computed with."""
+        is_on_its_side = kind is not DigestKind.XXH3 or not self._cache.has_device
+        return layout == self._cache.layout and is_on_its_side
+
+    def _put(
+        self,
+        blocks: Sequence[BlockId],
+        layout: KvLayout,
+        kind: DigestKind,
+        offsets: Sequence[int],
+    ) -> None:
+        """For a thread."""
+        if kind is DigestKind.XXH3:
+            self._cache.to_host(blocks)
+        if layout != self._cache.layout:
+            packing_for(kind)(self._cache, blocks, layout, offsets)

@@ -107,7 +107,8 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
     async def OpenLink(
         self, request: handoff_pb2.OpenLinkRequest, context: Context
     ) -> handoff_pb2.OpenLinkResponse:
-        self._admitted(request)
+        handoff_id = self._admitted(request)
+        self._keeper.holds.find(handoff_id, request.puller_id)
         unique_id = convert.unique_id_from_wire(request.unique_id)
         await self._sending.open_link(puller_id=request.puller_id, unique_id=unique_id)
         return handoff_pb2.OpenLinkResponse(header=self._header)
@@ -117,10 +118,11 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
     ) -> handoff_pb2.SendResponse:
         handoff_id = self._admitted(request)
         indexes = convert.indexes_from_wire(request.indexes)
+        link_id = convert.link_id_from_wire(request.link_id)
         with self._keeper.reading(handoff_id, request.puller_id, indexes) as ranges:
             await self._sending.send(
                 puller_id=request.puller_id,
-                link_id=request.link_id,
+                link_id=link_id,
                 sequence=request.sequence,
                 ranges=ranges,
             )

@@ -135,6 +135,13 @@ class KvCache:
 
         return [lanes64(self.bytes[at : at + num_bytes]) for at, num_bytes in ranges]
 
+    def to_host(self, blocks: Iterable[int]) -> None:
+        """Have this memory hold these blocks as they are computed with. Call before any is read
+        here that is about to be moved.
+
+        This memory is what is computed with, so there is nothing to do. For a thread.
+        """
+
     def landed(self, blocks: Iterable[int]) -> None:
         """A pull has filled and somebody verified these blocks. Call before any is computed with.
 

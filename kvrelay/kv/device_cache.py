@@ -1,12 +1,12 @@
-"""The KV of one worker on a device, and a copy of it in host memory for whoever moves it.
+"""The KV of one worker on a device, and room for it in host memory for whoever moves it there.
 
-    1. a prompt's blocks are computed on the device; `mirror` copies them to the host
-    2. transports read and write the host's copy, as they do on a machine without a device
-    3. blocks that a pull has filled go to the device with `landed`, before anybody computes
-       with them
+    1. blocks are computed on the device, or land there
+    2. those that a transport of the host is about to move are copied with `to_host`, and it reads
+       them there, as it does on a machine without a device
+    3. blocks that such a transport has filled go to the device with `landed`, before anybody
+       computes with them
 
-Prompt blocks are equal on both sides from the end of the step that computed them, or from
-`landed`, on. Blocks of generated tokens are never handed over, so nobody copies them.
+The device's side is what counts. The host's is what it was when somebody last copied or pulled.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -67,21 +67,18 @@ class DeviceCache(KvCache):
         assert self._device_memory is not None, "the cache is closed"
         return self._device_memory
 
-    def mirror(self, blocks: Iterable[int]) -> None:
-        """Begin to copy blocks to the host, after all that was launched before.
+    def to_host(self, blocks: Iterable[int]) -> None:
+        """Copy blocks to the host; they are there on return. For any thread.
 
-        Call from the computing thread; the bytes are there after `wait_mirrored`.
+        Their step has ended, or their landing: whoever took it waited for the device then. So
+        what is launched now comes after all that wrote to them, in whichever stream that was,
+        and beside what is being computed.
         """
         if self._to_host is None:
             self._copy(self._open, self.device_bytes, blocks)
             return
-        self._to_host.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._to_host):
+        with torch.cuda.device(self.device), torch.cuda.stream(self._to_host):
             self._copy(self._open, self.device_bytes, blocks)
-
-    def wait_mirrored(self) -> None:
-        """Until what `mirror` was called for is in host memory."""
-        if self._to_host is not None:
             self._to_host.synchronize()
 
     def lanes64(self, ranges: Sequence[tuple[int, int]]) -> list[int]:

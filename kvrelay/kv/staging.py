@@ -8,7 +8,7 @@ Memory that nobody packs into is never touched, and costs nothing where pages co
 What lands in another form than it will be kept in comes after that, in the landing area.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from kvrelay.kv.layout import DTYPE_NUM_BYTES, KvLayout
@@ -23,12 +23,17 @@ class StagingPlan:
     """The staging of one cache, as offsets from the beginning of its memory."""
 
     def __init__(
-        self, layout: KvLayout, num_blocks: int, *, packs: bool, landing_num_bytes: int
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        *,
+        packs_to: Collection[str] = PACKED_DTYPES,
+        landing_num_bytes: int,
     ) -> None:
         self._layouts: Mapping[str, KvLayout] = {
             dtype: replace(layout, dtype=dtype)
             for dtype in PACKED_DTYPES
-            if packs and DTYPE_NUM_BYTES[dtype] < DTYPE_NUM_BYTES[layout.dtype]
+            if dtype in packs_to and DTYPE_NUM_BYTES[dtype] < DTYPE_NUM_BYTES[layout.dtype]
         }
         self._first_offsets: dict[str, int] = {}
         start = end = num_blocks * layout.block_num_bytes

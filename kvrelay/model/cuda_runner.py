@@ -3,8 +3,8 @@
 1. Prompt rows go first, as one list of any length: products are tiles of fixed shape, whose
    sums do not depend on the length, so nothing is padded.
 2. Generated rows go in buckets of rows and key splits, each recorded once as a CUDA graph.
-3. Tokens are chosen on the device; inputs and tokens travel through page-locked memory, and the
-   KV of prompts is mirrored to the host beside the computation. The step waits once, at its end.
+3. Tokens are chosen on the device; inputs and tokens travel through page-locked memory. The step
+   waits once, at its end: its KV is then there for whoever copies it, in whichever stream.
 
 Every kernel keeps rows apart by how it is written: tiles and splits follow from a row's own
 position and from the model, never from the batch. The compiler and the matrix units have a say
@@ -41,7 +41,6 @@ from kvrelay.model.cuda_weights import device_weights
 from kvrelay.model.spec import ModelSpec
 from kvrelay.model.warm_up import WARM_UP_ROWS, warm_up_steps
 from kvrelay.model.weights import Weights
-from kvrelay.types import BlockId
 
 NUMERICS_VERSION = 1
 """Grows when the same weights and tokens would give other bits than before."""
@@ -98,7 +97,6 @@ class CudaRunner:
             (part.runs, part.sampling.fetched()) for part in self._launch(batch, everyone=False)
         ]
         self._device.synchronize()
-        self._cache.wait_mirrored()
         tokens: list[int | None] = [None] * len(batch)
         for runs, chosen in launched:
             # A bucket may have more rows than were asked for.
@@ -117,7 +115,6 @@ class CudaRunner:
                 if run is not None:
                     logits[run] = found[row]
         self._device.synchronize()
-        self._cache.wait_mirrored()
         return logits
 
     @torch.inference_mode()
@@ -234,16 +231,9 @@ class CudaRunner:
             device=self._device.torch_device,
         )
         logits = self._forward.prompt(step.rows, step.tiles, step.last_rows)
-        self._cache.mirror(block for run in runs for block in self._written(run))
         if wanted:
             self._device.ops.sample(logits, step.sampling.choices, out=step.sampling.chosen)
         return _Launched([prompts[at] for at in wanted], step.sampling, logits)
-
-    def _written(self, run: Rows) -> Sequence[BlockId]:
-        """The blocks that the run's KV goes to."""
-        block_size = self.layout.block_size
-        last = run.start + len(run.token_ids) - 1
-        return run.block_table[run.start // block_size : last // block_size + 1]
 
     def _recorded_for(self, bucket: Bucket) -> "_Recorded":
         recorded = self._recorded.get(bucket)

@@ -182,29 +182,41 @@ def identity_to_wire(identity: WorkerIdentity) -> pool_pb2.WorkerIdentity:
     )
 
 
+def worker_id_from_wire(field: str, worker_id: str) -> str:
+    is_valid = _WORKER_ID.fullmatch(worker_id) is not None
+    _require(is_valid, field, "must be 1 to 64 characters of a-z0-9.-")
+    return worker_id
+
+
+def epoch_from_wire(field: str, epoch: str) -> str:
+    _require(_EPOCH.fullmatch(epoch) is not None, field, "must be 16 lower-case hex digits")
+    return epoch
+
+
+def address_from_wire(field: str, address: str) -> str:
+    _require(_is_dialable(address), field, "must be HOST:PORT with a port above 0")
+    return address
+
+
 def identity_from_wire(wire: pool_pb2.WorkerIdentity) -> WorkerIdentity:
     """
     Raises:
         InvalidRequest: a field is absent or malformed.
     """
-    _require(
-        _WORKER_ID.fullmatch(wire.worker_id) is not None,
-        "worker_id",
-        "must be 1 to 64 characters of a-z0-9.-",
-    )
-    _require(_EPOCH.fullmatch(wire.epoch) is not None, "epoch", "must be 16 lower-case hex digits")
+    worker_id = worker_id_from_wire("worker_id", wire.worker_id)
+    epoch = epoch_from_wire("epoch", wire.epoch)
     _require(wire.role in _ROLE_FROM_WIRE, "role", "must be prefill or decode")
-    _require(_is_dialable(wire.address), "address", "must be HOST:PORT with a port above 0")
+    address = address_from_wire("address", wire.address)
     _require(wire.num_blocks > 0, "num_blocks", "must be at least 1")
     _require(wire.max_sequences > 0, "max_sequences", "must be at least 1")
     _require(len(wire.offers) <= MAX_OFFERS, "offers", f"at most {MAX_OFFERS}")
     wire_dtype = wire.wire_dtype or "auto"
     _require(wire_dtype in ("auto", *DTYPE_NUM_BYTES), "wire_dtype", f"must be one of {_DTYPES}")
     return WorkerIdentity(
-        worker_id=wire.worker_id,
-        epoch=wire.epoch,
+        worker_id=worker_id,
+        epoch=epoch,
         role=_ROLE_FROM_WIRE[wire.role],
-        address=wire.address,
+        address=address,
         pid=wire.pid,
         fingerprint=fingerprint_from_wire(wire.fingerprint),
         num_blocks=wire.num_blocks,

@@ -1,5 +1,6 @@
 """Which transports a worker runs, by the name of the setting and by what its memory allows."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -8,7 +9,7 @@ import structlog
 
 from kvrelay.clock import Clock
 from kvrelay.config import SettingsError, TlsFiles
-from kvrelay.errors import Incompatible
+from kvrelay.errors import Incompatible, PeerUnavailable
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.device_cache import DeviceCache
 from kvrelay.rpc.channels import Channels
@@ -93,7 +94,10 @@ class TransportBuilder:
         if nixl.is_installed() and nixl.leaves_this_host():
             names.append("nixl")
         if isinstance(cache, DeviceCache) and cache.device.type == "cuda":
-            names += ["cuda_ipc", "nccl"]
+            names.append("cuda_ipc")
+            # NCCL encrypts nothing and listens where it likes, unless it was told where.
+            if self._tls is None and "NCCL_SOCKET_IFNAME" in os.environ:
+                names.append("nccl")
         built: list[Transports] = []
         for name in names:
             try:
@@ -180,7 +184,7 @@ def transport_for(
     """The best of ours that can pull now, and the hold with the offer that it pulls by.
 
     Raises:
-        Incompatible: none can.
+        PeerUnavailable: none can, now or ever; another holder may do.
     """
     offers = (remote.offer, *remote.other_offers)
     for offer in offers:
@@ -190,4 +194,7 @@ def transport_for(
                 return transport, hold
     offered = ", ".join(offer.name for offer in offers)
     have = ", ".join(transport.name for transport in transports)
-    raise Incompatible(f"cannot pull by {offered}, have {have}", offered=offered)
+    raise PeerUnavailable(
+        f"no way is ready to pull from {remote.worker_id}: it offers {offered}, we have {have}",
+        offered=offered,
+    )

@@ -71,11 +71,12 @@ def choose_offer(
 def alternatives(
     holder_offers: Sequence[TransportOffer],
     puller_offers: Sequence[TransportOffer],
+    measured: Measured = NOTHING_MEASURED,
     *,
     to: TransportOffer,
 ) -> tuple[TransportOffer, ...]:
-    """What else both can do, the holder's offers, best first, for when `to` is not ready."""
-    ways, _ = _compare(holder_offers, puller_offers, NOTHING_MEASURED)
+    """What else both can do, the holder's offers, fastest first, for when `to` is not ready."""
+    ways, _ = _compare(holder_offers, puller_offers, measured)
     return tuple(way.offer for way in ways if way.offer.name != to.name)
 
 
@@ -87,13 +88,13 @@ def explain(
     """The choice, and why not another that should be better or is there, as one phrase."""
     ways, problems = _compare(holder_offers, puller_offers, measured)
     chosen = ways[0] if ways else None
-    worth_s = NOMINAL_BYTES_PER_S[chosen.offer.name] if chosen is not None else 0.0
+    believed_bytes_per_s = NOMINAL_BYTES_PER_S[chosen.offer.name] if chosen is not None else 0.0
     offered = {offer.name for offer in (*holder_offers, *puller_offers)}
     why_not = {way.offer.name: f"not {way}" for way in ways[1:]}
     why_not |= {
         name: f"not {name}: {problem}"
         for name, problem in problems.items()
-        if name in offered or NOMINAL_BYTES_PER_S[name] > worth_s
+        if name in offered or NOMINAL_BYTES_PER_S[name] > believed_bytes_per_s
     }
     listed = [why_not[name] for name in NOMINAL_BYTES_PER_S if name in why_not]
     return "; ".join(["none" if chosen is None else str(chosen), *listed])

@@ -17,6 +17,9 @@ MIN_NUM_BYTES: Final = 256 << 10
 MIN_PULLS: Final = 4
 """Of a holder by a transport before anything is said of it: the first ones open things."""
 
+FAILED_NUM_BYTES: Final = 1.0
+"""Per second, of a way that does not work."""
+
 MEMORY_NUM_BYTES: Final = 64 << 20
 """After so many bytes, what was seen before weighs half."""
 
@@ -55,6 +58,16 @@ class LinkSpeeds:
             seen.elapsed_s += kept * before.elapsed_s
             seen.num_pulls += before.num_pulls
         self._seen[key] = seen
+        if len(self._seen) > MAX_LINKS:
+            self._seen.popitem(last=False)
+
+    def failed(self, holder_id: str, transport: str, now_s: float) -> None:
+        """A pull did not work: nothing came in no time, so whatever else there is comes first until
+        this is forgotten.
+        """
+        key = (holder_id, transport)
+        self._seen.pop(key, None)
+        self._seen[key] = _Seen(FAILED_NUM_BYTES, 1.0, now_s, num_pulls=MIN_PULLS)
         if len(self._seen) > MAX_LINKS:
             self._seen.popitem(last=False)
 

@@ -49,7 +49,9 @@ class PullRequest(_message.Message):
     packs if that is narrower than its own; `opened` tells what is moved.
     """
     digest_kind: _builtins.str
-    """How blocks are to be digested: `xxh3` or `lanes64`."""
+    """How blocks are to be digested: `xxh3` or `lanes64`. With the two fields around it these are the
+    terms: blocks are packed and digested once, so a pull that is opened again keeps them.
+    """
     limit_tokens: _builtins.int
     """Most tokens whose KV the puller has room for; a running sequence is stopped before it has
     more. 0: no limit.
@@ -576,7 +578,7 @@ class SendRequest(_message.Message):
     ticket: _builtins.bytes
     """As in `PullRequest`."""
     link_id: _builtins.str
-    """The link: BLAKE2b-128 of its unique id, in hex."""
+    """The link: BLAKE2b-128 of its unique id, 32 lower-case hex digits."""
     sequence: _builtins.int
     """Transfers on this link before this one; both sides count."""
     @_builtins.property

@@ -103,7 +103,8 @@ class HandoffServiceServicer:
         differs or the fingerprints cannot be paired; PERMISSION_DENIED if the ticket is not genuine
         or it is held for another worker; RESOURCE_EXHAUSTED if too many pulls wait for holds that
         were never begun; UNAVAILABLE from a worker that is in no pool, since it cannot tell a
-        ticket; INVALID_ARGUMENT for a malformed id.
+        ticket; INVALID_ARGUMENT for a malformed id, a `wire_dtype` or `digest_kind` that is not known,
+        and other terms than this hold was pulled on before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,8 +115,8 @@ class HandoffServiceServicer:
 
         Each message is a frame of at most 1 MiB of one block. Used by the `stream` transport.
 
-        Errors: as `Pull`, but for the fingerprint; INVALID_ARGUMENT for a block that is not
-        announced, or too many.
+        Errors: as `Pull`, but for the fingerprint and the terms; INVALID_ARGUMENT for a block that is
+        not announced, or too many.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,9 +150,11 @@ class HandoffServiceServicer:
 
     def OpenLink(self, request, context):
         """Makes the holder join a communicator of two ranks as rank 0. Used by the `nccl` transport,
-        off the path of any request.
+        while another one serves the hold that it is asked for. The link outlives that hold.
 
-        Errors: as `Read`, and UNIMPLEMENTED by a worker without that transport.
+        Errors: as `Read`, so it wants a hold that stands; FAILED_PRECONDITION from a worker without
+        that transport; RESOURCE_EXHAUSTED if all its links are in use; INVALID_ARGUMENT for a
+        `unique_id` that is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -161,7 +164,8 @@ class HandoffServiceServicer:
         """Makes the holder send announced blocks through a link, in the order asked for; it answers
         when they have left its memory. Used by the `nccl` transport.
 
-        Errors: as `Read`; NOT_FOUND for a link that is unknown or was closed.
+        Errors: as `Read`; FAILED_PRECONDITION from a worker without that transport; UNAVAILABLE for a
+        link that is unknown, was closed or broke, and for a transfer out of its order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -58,15 +58,16 @@ class HandoffServiceStub:
     differs or the fingerprints cannot be paired; PERMISSION_DENIED if the ticket is not genuine
     or it is held for another worker; RESOURCE_EXHAUSTED if too many pulls wait for holds that
     were never begun; UNAVAILABLE from a worker that is in no pool, since it cannot tell a
-    ticket; INVALID_ARGUMENT for a malformed id.
+    ticket; INVALID_ARGUMENT for a malformed id, a `wire_dtype` or `digest_kind` that is not known,
+    and other terms than this hold was pulled on before.
     """
     Read: _grpc.UnaryStreamMultiCallable[_handoff_pb2.ReadRequest, _handoff_pb2.ReadResponse]
     """Streams the bytes of announced blocks, in the order asked for.
 
     Each message is a frame of at most 1 MiB of one block. Used by the `stream` transport.
 
-    Errors: as `Pull`, but for the fingerprint; INVALID_ARGUMENT for a block that is not
-    announced, or too many.
+    Errors: as `Pull`, but for the fingerprint and the terms; INVALID_ARGUMENT for a block that is
+    not announced, or too many.
     """
     Freeze: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.FreezeRequest, _handoff_pb2.FreezeResponse]
     """Stops a running sequence that is held for the caller, after the step it is in.
@@ -88,15 +89,18 @@ class HandoffServiceStub:
     """
     OpenLink: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.OpenLinkRequest, _handoff_pb2.OpenLinkResponse]
     """Makes the holder join a communicator of two ranks as rank 0. Used by the `nccl` transport,
-    off the path of any request.
+    while another one serves the hold that it is asked for. The link outlives that hold.
 
-    Errors: as `Read`, and UNIMPLEMENTED by a worker without that transport.
+    Errors: as `Read`, so it wants a hold that stands; FAILED_PRECONDITION from a worker without
+    that transport; RESOURCE_EXHAUSTED if all its links are in use; INVALID_ARGUMENT for a
+    `unique_id` that is none.
     """
     Send: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.SendRequest, _handoff_pb2.SendResponse]
     """Makes the holder send announced blocks through a link, in the order asked for; it answers
     when they have left its memory. Used by the `nccl` transport.
 
-    Errors: as `Read`; NOT_FOUND for a link that is unknown or was closed.
+    Errors: as `Read`; FAILED_PRECONDITION from a worker without that transport; UNAVAILABLE for a
+    link that is unknown, was closed or broke, and for a transfer out of its order.
     """
 
 @_typing.type_check_only
@@ -129,15 +133,16 @@ class HandoffServiceAsyncStub(HandoffServiceStub):
     differs or the fingerprints cannot be paired; PERMISSION_DENIED if the ticket is not genuine
     or it is held for another worker; RESOURCE_EXHAUSTED if too many pulls wait for holds that
     were never begun; UNAVAILABLE from a worker that is in no pool, since it cannot tell a
-    ticket; INVALID_ARGUMENT for a malformed id.
+    ticket; INVALID_ARGUMENT for a malformed id, a `wire_dtype` or `digest_kind` that is not known,
+    and other terms than this hold was pulled on before.
     """
     Read: _aio.UnaryStreamMultiCallable[_handoff_pb2.ReadRequest, _handoff_pb2.ReadResponse]  # type: ignore[assignment]
     """Streams the bytes of announced blocks, in the order asked for.
 
     Each message is a frame of at most 1 MiB of one block. Used by the `stream` transport.
 
-    Errors: as `Pull`, but for the fingerprint; INVALID_ARGUMENT for a block that is not
-    announced, or too many.
+    Errors: as `Pull`, but for the fingerprint and the terms; INVALID_ARGUMENT for a block that is
+    not announced, or too many.
     """
     Freeze: _aio.UnaryUnaryMultiCallable[_handoff_pb2.FreezeRequest, _handoff_pb2.FreezeResponse]  # type: ignore[assignment]
     """Stops a running sequence that is held for the caller, after the step it is in.
@@ -159,15 +164,18 @@ class HandoffServiceAsyncStub(HandoffServiceStub):
     """
     OpenLink: _aio.UnaryUnaryMultiCallable[_handoff_pb2.OpenLinkRequest, _handoff_pb2.OpenLinkResponse]  # type: ignore[assignment]
     """Makes the holder join a communicator of two ranks as rank 0. Used by the `nccl` transport,
-    off the path of any request.
+    while another one serves the hold that it is asked for. The link outlives that hold.
 
-    Errors: as `Read`, and UNIMPLEMENTED by a worker without that transport.
+    Errors: as `Read`, so it wants a hold that stands; FAILED_PRECONDITION from a worker without
+    that transport; RESOURCE_EXHAUSTED if all its links are in use; INVALID_ARGUMENT for a
+    `unique_id` that is none.
     """
     Send: _aio.UnaryUnaryMultiCallable[_handoff_pb2.SendRequest, _handoff_pb2.SendResponse]  # type: ignore[assignment]
     """Makes the holder send announced blocks through a link, in the order asked for; it answers
     when they have left its memory. Used by the `nccl` transport.
 
-    Errors: as `Read`; NOT_FOUND for a link that is unknown or was closed.
+    Errors: as `Read`; FAILED_PRECONDITION from a worker without that transport; UNAVAILABLE for a
+    link that is unknown, was closed or broke, and for a transfer out of its order.
     """
 
 class HandoffServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -203,7 +211,8 @@ class HandoffServiceServicer(metaclass=_abc_1.ABCMeta):
         differs or the fingerprints cannot be paired; PERMISSION_DENIED if the ticket is not genuine
         or it is held for another worker; RESOURCE_EXHAUSTED if too many pulls wait for holds that
         were never begun; UNAVAILABLE from a worker that is in no pool, since it cannot tell a
-        ticket; INVALID_ARGUMENT for a malformed id.
+        ticket; INVALID_ARGUMENT for a malformed id, a `wire_dtype` or `digest_kind` that is not known,
+        and other terms than this hold was pulled on before.
         """
 
     @_abc_1.abstractmethod
@@ -216,8 +225,8 @@ class HandoffServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Each message is a frame of at most 1 MiB of one block. Used by the `stream` transport.
 
-        Errors: as `Pull`, but for the fingerprint; INVALID_ARGUMENT for a block that is not
-        announced, or too many.
+        Errors: as `Pull`, but for the fingerprint and the terms; INVALID_ARGUMENT for a block that is
+        not announced, or too many.
         """
 
     @_abc_1.abstractmethod
@@ -257,9 +266,11 @@ class HandoffServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_handoff_pb2.OpenLinkResponse, _abc.Awaitable[_handoff_pb2.OpenLinkResponse]]:
         """Makes the holder join a communicator of two ranks as rank 0. Used by the `nccl` transport,
-        off the path of any request.
+        while another one serves the hold that it is asked for. The link outlives that hold.
 
-        Errors: as `Read`, and UNIMPLEMENTED by a worker without that transport.
+        Errors: as `Read`, so it wants a hold that stands; FAILED_PRECONDITION from a worker without
+        that transport; RESOURCE_EXHAUSTED if all its links are in use; INVALID_ARGUMENT for a
+        `unique_id` that is none.
         """
 
     @_abc_1.abstractmethod
@@ -271,7 +282,8 @@ class HandoffServiceServicer(metaclass=_abc_1.ABCMeta):
         """Makes the holder send announced blocks through a link, in the order asked for; it answers
         when they have left its memory. Used by the `nccl` transport.
 
-        Errors: as `Read`; NOT_FOUND for a link that is unknown or was closed.
+        Errors: as `Read`; FAILED_PRECONDITION from a worker without that transport; UNAVAILABLE for a
+        link that is unknown, was closed or broke, and for a transfer out of its order.
         """
 
 def add_HandoffServiceServicer_to_server(servicer: HandoffServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -186,8 +186,8 @@ class WorkerLoad(_message.Message):
     is_draining: _builtins.bool
     """Finishes what it has and takes nothing new."""
     waiting_handoffs: _builtins.int
-    """Decode: handoffs that have bytes to fetch and wait for blocks. Prefill: holds whose puller
-    has taken nothing of what is ready.
+    """Prefill: finished holds that were not released. Decode: handoffs that have bytes to fetch and
+    wait for blocks.
     """
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkSpeed]:

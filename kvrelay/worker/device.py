@@ -47,6 +47,7 @@ def load_on_cuda(
     settings: WorkerSettings,
     *,
     num_blocks: int,
+    staging_num_bytes: int,
 ) -> "tuple[CudaRunner, DeviceCache]":
     """A runner on the device and its cache, which the caller closes.
 
@@ -69,6 +70,7 @@ def load_on_cuda(
             num_blocks,
             shareable=settings.transport != "stream",
             device=device.torch_device,
+            staging_num_bytes=staging_num_bytes,
         )
         runner = CudaRunner(
             spec,

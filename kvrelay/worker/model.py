@@ -1,5 +1,6 @@
 """Loads what a worker computes with, warm, and says what others must have to be its peers."""
 
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from kvrelay.config import SettingsError
 from kvrelay.engine.batch import Runner
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
-from kvrelay.kv.staging import StagingPlan
+from kvrelay.kv.staging import PACKED_DTYPES, StagingPlan
 from kvrelay.model.load import ModelRunner, layout_of, load_runner
 from kvrelay.model.spec import ModelSpec, read_spec
 from kvrelay.native.library import HOW_TO_BUILD
@@ -60,8 +61,7 @@ def load_model(
     staging = StagingPlan(
         layout,
         num_blocks,
-        # A device's memory does not come on demand.
-        packs=chosen_device(settings) == "cpu",
+        packs_to=_packs_to(settings),
         landing_num_bytes=landing_num_bytes,
     )
     runner, cache = _load(model_dir, spec, layout, settings, num_blocks, staging.num_bytes, cores)
@@ -88,6 +88,13 @@ def load_model(
     )
 
 
+def _packs_to(settings: WorkerSettings) -> Collection[str]:
+    """A CPU's memory comes on demand, a device's does not."""
+    if settings.packs_to == "auto":
+        return PACKED_DTYPES if chosen_device(settings) == "cpu" else ()
+    return () if settings.packs_to == "none" else (settings.packs_to,)
+
+
 def _kv_dtype(settings: WorkerSettings) -> str:
     return settings.dtype if settings.kv_dtype == "auto" else settings.kv_dtype
 
@@ -107,7 +114,14 @@ def _load(
                 f"kv_dtype = {settings.kv_dtype}: a CUDA device computes with KV in bfloat16 only; "
                 "device = cpu would do"
             )
-        return load_on_cuda(model_dir, spec, layout, settings, num_blocks=num_blocks)
+        return load_on_cuda(
+            model_dir,
+            spec,
+            layout,
+            settings,
+            num_blocks=num_blocks,
+            staging_num_bytes=staging_num_bytes,
+        )
     assert settings.generation_weights != "fp8", "refused before"
     cache = KvCache(
         layout,

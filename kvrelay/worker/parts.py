@@ -15,8 +15,9 @@ from kvrelay.clock import Clock, MonotonicClock
 from kvrelay.engine.batch import Runner
 from kvrelay.engine.cores import Presence
 from kvrelay.engine.engine import Engine
+from kvrelay.engine.plan import StepLimits
 from kvrelay.engine.request import StepResult
-from kvrelay.engine.scheduler import Scheduler, StepLimits
+from kvrelay.engine.scheduler import Scheduler
 from kvrelay.handoff.desk import TicketDesk
 from kvrelay.kv.block_pool import BlockPool
 from kvrelay.kv.cache import KvCache

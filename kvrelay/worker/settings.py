@@ -35,6 +35,11 @@ class WorkerSettings(ServiceSettings):
     """What KV is kept in. `auto`: `dtype`. fp8 and int8 take half of bfloat16's memory and change
     logits a little; on the CPU only."""
 
+    packs_to: Literal["auto", "none", "fp8", "int8"] = "auto"
+    """What KV can be packed to for pullers that ask for fewer bytes. `auto`: on the CPU to both, in
+    memory that is taken when it is first used; on a device to nothing, as its memory is taken at
+    the start: half as much again as KV has."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where this worker computes. `auto`: on a CUDA device where there is one that can, else on
     the CPU. A device's KV takes as much again in host memory, where transports find it."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvrelay.engine.batch import Path, Rows
+from kvrelay.engine.plan import StepLimits
 from kvrelay.engine.request import EngineRequest
-from kvrelay.engine.scheduler import Scheduler, StepLimits
+from kvrelay.engine.scheduler import Scheduler
 from kvrelay.kernels.few_rows import num_parts
 from kvrelay.kernels.many_rows import slab_rows
 from kvrelay.kernels.matrix import Kind
@@ -129,7 +130,7 @@ def decode(
 
 
 def prefill(runner: CudaRunner, *, num_tokens: int, product: str, repeats: int) -> PrefillResult:
-    """One prompt in one step, its first token and the mirror of its KV included."""
+    """One prompt in one step, its first token included."""
     table = [BlockId(i) for i in range(runner.layout.num_blocks_for(num_tokens))]
     rows = Rows(
         path=Path.PROMPT,

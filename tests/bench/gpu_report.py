@@ -69,7 +69,7 @@ def as_markdown(report: Report, *, device: str) -> str:
             ),
         ),
         "## Prefill",
-        "One prompt in one step, with its first token and the mirror of its KV in host memory.",
+        "One prompt in one step, with its first token.",
         _table(
             ("products", "tokens", "ms", "tokens/s", "of the product's rate"),
             (

@@ -21,6 +21,14 @@ from tests.support.workers import (
     until,
 )
 
+PULL = {
+    "handoff_id": "0" * 32,
+    "worker_id": "prefill-0",
+    "epoch": "0" * 16,
+    "address": "127.0.0.1:1",
+    "offer": {"name": "stream"},
+}
+
 
 async def refusal(awaitable) -> tuple[grpc.StatusCode, ServingError]:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -151,7 +159,19 @@ async def test_stale_and_unknown_cancels_are_ignored():
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 5000}, "max_tokens"),
         ({"cache_salt": bytes(65)}, "cache_salt"),
-        ({"pull": {"handoff_id": "x"}}, "pull.worker_id"),
+        ({"pull": {"handoff_id": "x"}}, "pull.handoff_id"),
+        *(
+            ({"pull": {**PULL, name: value}}, f"pull.{name}")
+            for name, value in [
+                ("worker_id", ""),
+                ("worker_id", "a" * 65),
+                ("epoch", "0" * 17),
+                ("address", "127.0.0.1:0"),
+                ("address", "x" * 300 + ":1"),
+                ("ticket", bytes(65)),
+                ("other_offers", [{"name": f"t{i}"} for i in range(16)]),
+            ]
+        ),
     ],
 )
 async def test_a_bad_submit_fails_by_field_and_the_session_goes_on(changes, field):

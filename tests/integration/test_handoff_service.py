@@ -210,7 +210,7 @@ async def test_another_epoch_or_name_of_the_hold_is_refused(rpc):
     assert codes == [grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT]
 
 
-@pytest.mark.parametrize("rpc", ["Pull", "Read", "Freeze", "Send"])
+@pytest.mark.parametrize("rpc", ["Pull", "Read", "Freeze", "OpenLink", "Send"])
 async def test_a_ticket_that_was_used_is_used_up(rpc):
     """Its hold was released: shown again, it finds nothing, and begins nothing."""
     async with held() as (bench, stub, handoff_id):
@@ -237,6 +237,29 @@ async def test_a_worker_without_such_a_transport_opens_no_link(rpc):
 
     assert reason == "INCOMPATIBLE"
     assert code is grpc.StatusCode.FAILED_PRECONDITION
+
+
+@pytest.mark.parametrize(
+    ("request_of", "field"),
+    [
+        (lambda f: pb.SendRequest(link_id="", indexes=[0], **f), "link_id"),
+        (lambda f: pb.SendRequest(link_id="g" * 32, indexes=[0], **f), "link_id"),
+        (lambda f: pb.SendRequest(link_id="0" * 33, indexes=[0], **f), "link_id"),
+        (lambda f: pb.OpenLinkRequest(**f), "unique_id"),
+        (lambda f: pb.OpenLinkRequest(unique_id=bytes(257), **f), "unique_id"),
+    ],
+    ids=["no-link", "not-hex", "long-link", "no-unique-id", "long-unique-id"],
+)
+async def test_what_cannot_name_a_link_is_refused_by_field(request_of, field):
+    """Before any transport sees it."""
+    async with held() as (bench, stub, handoff_id):
+        request = request_of(asked(bench, handoff_id))
+        rpc = type(request).__name__.removesuffix("Request")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(stub, rpc, request)
+
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert from_grpc(caught.value).details["field"] == field
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kvrelay.engine.batch import Path, Rows
-from kvrelay.engine.scheduler import StepLimits
+from kvrelay.engine.plan import StepLimits
 from kvrelay.kv import numbers
 from kvrelay.kv.cache import TORCH_DTYPES, KvCache
 from kvrelay.kv.layout import DTYPE_NUM_BYTES, KvLayout

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvrelay.clock import MonotonicClock
 from kvrelay.engine.engine import Engine
+from kvrelay.engine.plan import StepLimits, StepOutcome, StepPlan
 from kvrelay.engine.request import (
     ChunkDone,
     EngineRequest,
@@ -17,7 +18,7 @@ from kvrelay.engine.request import (
     SequenceTiming,
     StepResult,
 )
-from kvrelay.engine.scheduler import Scheduler, StepLimits, StepOutcome, StepPlan
+from kvrelay.engine.scheduler import Scheduler
 from kvrelay.kv.block_pool import BlockPool
 from kvrelay.kv.prefix_index import PrefixIndex
 from kvrelay.types import FinishReason, SamplingParams, StopParams

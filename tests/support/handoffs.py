@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from kvrelay.engine.scheduler import StepLimits
+from kvrelay.engine.plan import StepLimits
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
 from kvrelay.rpc import status

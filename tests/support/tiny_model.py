@@ -8,7 +8,7 @@ import torch
 
 from kvrelay.engine.batch import Path, Rows
 from kvrelay.kv.cache import TORCH_DTYPES, KvCache
-from kvrelay.kv.staging import StagingPlan
+from kvrelay.kv.staging import PACKED_DTYPES, StagingPlan
 from kvrelay.model.generation_weights import Blocks
 from kvrelay.model.load import layout_of
 from kvrelay.model.native_runner import NativeRunner
@@ -64,7 +64,12 @@ def runner_of(
     """
     dtype = kv_dtype or str(weights.dtype).removeprefix("torch.")
     layout = layout_of(spec, dtype=dtype, block_size=block_size)
-    staging = StagingPlan(layout, num_blocks, packs=packs, landing_num_bytes=landing_num_bytes)
+    staging = StagingPlan(
+        layout,
+        num_blocks,
+        packs_to=PACKED_DTYPES if packs else (),
+        landing_num_bytes=landing_num_bytes,
+    )
     cache = KvCache(layout, num_blocks, shareable=True, staging_num_bytes=staging.num_bytes)
     before = torch.get_num_threads()
     try:

@@ -22,7 +22,7 @@ from decode_svc.service import DecodeServicer
 from kvrelay.clock import Clock, MonotonicClock
 from kvrelay.engine.batch import Path
 from kvrelay.engine.engine import Engine
-from kvrelay.engine.scheduler import StepLimits
+from kvrelay.engine.plan import StepLimits
 from kvrelay.handoff.desk import TicketDesk
 from kvrelay.handoff.holds import HoldLimits
 from kvrelay.handoff.keeper import HoldKeeper
@@ -30,7 +30,7 @@ from kvrelay.handoff.service import HandoffServicer
 from kvrelay.handoff.ticket import Ticket, sign
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.layout import KvLayout
-from kvrelay.kv.staging import StagingPlan
+from kvrelay.kv.staging import PACKED_DTYPES, StagingPlan
 from kvrelay.obs.metrics import WorkerMetrics
 from kvrelay.rpc import convert
 from kvrelay.rpc.channel import open_channel
@@ -178,11 +178,21 @@ def staging_of(cache: KvCache) -> StagingPlan:
     """How a cache's staging is used: to pack in if that fits, and what is left to land in."""
     num_bytes = cache.generations_offset - cache.staging_offset
     for packs in (True, False):
-        plan = StagingPlan(cache.layout, cache.num_blocks, packs=packs, landing_num_bytes=0)
+        plan = StagingPlan(
+            cache.layout,
+            cache.num_blocks,
+            packs_to=PACKED_DTYPES if packs else (),
+            landing_num_bytes=0,
+        )
         if plan.num_bytes <= num_bytes:
             break
     num_landing = max(0, num_bytes - plan.num_bytes)
-    return StagingPlan(cache.layout, cache.num_blocks, packs=packs, landing_num_bytes=num_landing)
+    return StagingPlan(
+        cache.layout,
+        cache.num_blocks,
+        packs_to=PACKED_DTYPES if packs else (),
+        landing_num_bytes=num_landing,
+    )
 
 
 @contextlib.asynccontextmanager
@@ -202,7 +212,9 @@ async def _engine_on(
     """The common parts. At the end: nothing failed, and every block is free or cached."""
     failures: list[BaseException] = []
     registry = CollectorRegistry()
-    staging = StagingPlan(layout, num_blocks, packs=True, landing_num_bytes=LANDING_NUM_BYTES)
+    staging = StagingPlan(
+        layout, num_blocks, packs_to=PACKED_DTYPES, landing_num_bytes=LANDING_NUM_BYTES
+    )
     if model is None:
         cache = KvCache(layout, num_blocks, shareable=True, staging_num_bytes=staging.num_bytes)
         runner = scripted(cache, gate)
@@ -403,6 +415,7 @@ async def decode_worker(
                 speeds=speeds,
                 metrics=parts["metrics"],
                 clock=MonotonicClock(),
+                on_lost=parts["failures"].append,
             ),
             transports=parts["transports"].all,
             holders=holders if wrap_holders is None else wrap_holders(holders),

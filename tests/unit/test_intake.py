@@ -275,14 +275,19 @@ def test_another_handoff_than_our_prompts_is_corrupt(opened):
         ("auto", replace(OWN, num_kv_heads=2)),
         ("auto", replace(OWN, head_dim=16)),
         ("auto", replace(OWN, dtype="float32")),
-        ("fp8", OWN),
-        ("int8", OWN),
     ],
 )
 def test_a_form_that_cannot_be_ours_is_incompatible(asked, wire):
-    """Other shapes, float32 beside anything else, and more than we asked for."""
+    """Other shapes, and float32 beside anything else."""
     with pytest.raises(Incompatible):
         intake(replace(PROMPT, wire_dtype=asked), opened=replace(OPENED, wire_layout=wire))
+
+
+@pytest.mark.parametrize("asked", ["fp8", "int8"])
+def test_a_holder_that_does_not_pack_to_what_was_asked_for_is_left_to_others(asked):
+    """Its KV would give other tokens than those of holders that do."""
+    with pytest.raises(HandoffLost, match=f"does not pack to {asked}"):
+        intake(replace(PROMPT, wire_dtype=asked), opened=OPENED)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_device_has_the_same_memory() -> None:
     cache = DeviceCache(layout, 3, shareable=True, staging_num_bytes=64, device=torch.device("cpu"))
     assert cache.device_bytes.shape == (cache.num_bytes,)
     cache.device_bytes.fill_(7)
-    cache.mirror([1])
+    cache.to_host([1])
     assert bytes(cache.block_bytes(1)) == b"\7" * layout.block_num_bytes
     assert not cache.bytes[: layout.block_num_bytes].any()
     cache.block_bytes(2)[:] = b"\5" * layout.block_num_bytes

@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kvrelay.engine.plan import StepPlan
 from kvrelay.engine.request import EngineRequest, Frozen, Goal, Origin
-from kvrelay.engine.scheduler import StepPlan
 from kvrelay.engine.sequence import State
 from kvrelay.errors import KvPoolExhausted, NotFound, QueueFull
 from tests.support.builders import BLOCK_SIZE, prompt, request, scheduler

@@ -211,3 +211,13 @@ def test_what_else_both_can_do_comes_best_first():
     names = [offer.name for offer in alternatives(here, there, to=here[0])]
 
     assert names == ["shm", "stream"]
+
+
+def test_what_else_both_can_do_is_ordered_by_what_was_measured():
+    """A way that disappointed comes after one that did better."""
+    both = offers("nccl", "shm", "stream")
+    measured = {"shm": 0.5e9, "stream": 0.9e9}
+
+    names = [offer.name for offer in alternatives(both, both, measured, to=both[0])]
+
+    assert names == ["stream", "shm"]

@@ -28,7 +28,12 @@ def layouts(draw):
 @given(layouts(), st.integers(1, 9), st.booleans(), st.integers(0, 100_000))
 def test_offsets_never_overlap_and_stay_inside(layout, num_blocks, packs, landing_num_bytes):
     """Blocks as they are kept, every packed form of each, and the landing area."""
-    plan = StagingPlan(layout, num_blocks, packs=packs, landing_num_bytes=landing_num_bytes)
+    plan = StagingPlan(
+        layout,
+        num_blocks,
+        packs_to=PACKED_DTYPES if packs else (),
+        landing_num_bytes=landing_num_bytes,
+    )
     blocks_num_bytes = num_blocks * layout.block_num_bytes
     ranges = [(0, blocks_num_bytes)]
     for dtype in PACKED_DTYPES:
@@ -56,29 +61,29 @@ def test_offsets_never_overlap_and_stay_inside(layout, num_blocks, packs, landin
 def test_blocks_are_packed_only_to_what_is_narrower(dtype, packs, wanted):
     """Between fp8 and int8 there is nothing to gain, and a worker may pack nothing at all."""
     layout = replace(BFLOAT16, dtype=dtype)
-    plan = StagingPlan(layout, 4, packs=packs, landing_num_bytes=0)
+    plan = StagingPlan(layout, 4, packs_to=PACKED_DTYPES if packs else (), landing_num_bytes=0)
 
     assert {name for name in ("bfloat16", *PACKED_DTYPES) if plan.can_pack_to(name)} == wanted
 
 
 def test_a_worker_that_neither_packs_nor_unpacks_needs_no_memory_more():
     """Up to the alignment of what is not there."""
-    plan = StagingPlan(BFLOAT16, 7, packs=False, landing_num_bytes=0)
+    plan = StagingPlan(BFLOAT16, 7, packs_to=(), landing_num_bytes=0)
 
     assert plan.num_bytes < 4096
 
 
 def test_two_handoffs_of_one_block_pack_it_to_the_same_place():
     """The place depends on the block and the dtype alone."""
-    plan = StagingPlan(BFLOAT16, 7, packs=True, landing_num_bytes=100)
-    again = StagingPlan(BFLOAT16, 7, packs=True, landing_num_bytes=5)
+    plan = StagingPlan(BFLOAT16, 7, packs_to=PACKED_DTYPES, landing_num_bytes=100)
+    again = StagingPlan(BFLOAT16, 7, packs_to=PACKED_DTYPES, landing_num_bytes=5)
 
     assert plan.offset(3, "int8") == again.offset(3, "int8") != plan.offset(3, "fp8")
 
 
 def test_a_cache_made_by_the_plan_has_room_for_all_of_it():
     """The plan and the cache count from the same beginning."""
-    plan = StagingPlan(BFLOAT16, 3, packs=True, landing_num_bytes=1000)
+    plan = StagingPlan(BFLOAT16, 3, packs_to=PACKED_DTYPES, landing_num_bytes=1000)
     cache = KvCache(BFLOAT16, 3, shareable=False, staging_num_bytes=plan.num_bytes)
 
     assert min(plan.offset(0, dtype) for dtype in PACKED_DTYPES) >= cache.staging_offset

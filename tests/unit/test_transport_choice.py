@@ -8,7 +8,7 @@ import torch
 
 from kvrelay.clock import MonotonicClock
 from kvrelay.config import SettingsError
-from kvrelay.errors import Incompatible
+from kvrelay.errors import PeerUnavailable
 from kvrelay.kv.cache import KvCache
 from kvrelay.kv.device_cache import DeviceCache
 from kvrelay.kv.layout import KvLayout
@@ -141,16 +141,16 @@ def test_the_first_offer_that_is_ready_is_taken():
 
 
 @pytest.mark.parametrize("name", ["shm", "newer"])
-async def test_an_offer_that_none_pulls_by_is_incompatible(name):
+async def test_an_offer_that_none_pulls_by_is_for_another_holder_to_better(name):
     """Another host's shm, or a transport of a later version."""
     async with built("auto") as transports:
-        with pytest.raises(Incompatible, match=name):
+        with pytest.raises(PeerUnavailable, match=name):
             transport_for(transports.all, hold_of(offer(name, host="elsewhere")))
 
 
-def test_none_that_is_ready_is_incompatible_and_says_what_was_offered():
-    """All of it, and what we have."""
-    with pytest.raises(Incompatible, match="cannot pull by late, newer, have late, other"):
+def test_none_that_is_ready_says_what_was_offered():
+    """All of it, and what we have; it may be tried again."""
+    with pytest.raises(PeerUnavailable, match="it offers late, newer, we have late, other"):
         transport_for(
             [Scripted("late", is_ready=False), Scripted("other")],
             hold_of(offer("late"), offer("newer")),
