@@ -19,6 +19,10 @@ class LandingArea:
         self._turn = asyncio.Lock()  # which is first come, first served
         self._freed = asyncio.Event()
 
+    @property
+    def num_taken_bytes(self) -> int:
+        return sum(end - offset for offset, end in self._taken.items())
+
     @asynccontextmanager
     async def part(self, num_bytes: int) -> AsyncIterator[int]:
         """The offset of `num_bytes` that nobody else uses meanwhile."""

@@ -220,6 +220,7 @@ async def test_a_sequence_moves_from_device_to_device_with_all_that_it_has_gener
                 )
                 await there.holders.froze.wait()
                 here.gate.let_one_pass()
+                there.gate.let_one_pass()
             await route[2].generate(request_id, 3, num_tokens - 1)
             known |= route[2].ear.tokens[request_id, 3]
             moved = [stop.ear.moved.get((request_id, i)) for i, stop in enumerate(route, 1)]

@@ -10,6 +10,7 @@ import pytest
 
 from decode_svc.holder import HolderClient
 from decode_svc.landing import LandingLimits
+from kvrelay.errors import QuiescenceLost
 from kvrelay.transfer.base import KvTransport
 from kvrelay.transfer.faulty import Fault, FaultScript, FaultyTransport
 from tests.support import tiny_model
@@ -352,6 +353,44 @@ async def test_a_bug_in_listening_ends_the_worker_and_holds_no_block():
         assert [type(error) for error in both.puller.failures] == [RuntimeError]
         assert both.puller.num_held_blocks == 0
         both.puller.failures.clear()
+
+
+class Unquiet:
+    """A transport whose pulls may go on writing after they have ended."""
+
+    def __init__(self, inner: KvTransport) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str):
+        return getattr(self._inner, name)
+
+    async def pull(self, remote, copies):
+        raise QuiescenceLost("something may still write")
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+@pytest.mark.parametrize("layout", [LAYOUT, replace(LAYOUT, block_size=2 * BLOCK_SIZE)])
+async def test_a_copy_that_may_go_on_ends_the_worker_with_all_it_holds(layout, is_cancelled):
+    """Whether or not the request is called off meanwhile: no block is given back, and no part of
+    the landing area."""
+    async with pair(puller={"wrap": Unquiet, "layout": layout}) as both:
+        request_id, _ = await both.submit_both(prompt(9), "shm")
+        if is_cancelled:
+            await both.decodes.cancel(request_id)
+        await until(lambda: both.puller.failures or (is_cancelled and both.puller.engine.is_idle))
+        await both.prefills.cancel(request_id)
+        await until(lambda: both.holder.engine.is_idle)
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+        ended_at_once = bool(both.puller.failures)
+        assert ended_at_once or is_cancelled  # called off before the pull began: nothing to fear
+        assert (both.puller.num_held_blocks > 0) == ended_at_once
+        assert (both.puller.area.num_taken_bytes > 0) == (ended_at_once and layout != LAYOUT)
+        assert {type(error) for error in both.puller.failures} <= {QuiescenceLost}
+        both.puller.failures.clear()
+        for seq_id in tuple(both.puller.engine._scheduler._sequences):
+            both.puller.engine.release(seq_id)
 
 
 async def test_a_full_puller_waits_while_the_holder_holds():

@@ -159,6 +159,7 @@ class DecodeBench(Bench):
     service: DecodeServicer
     keeper: HoldKeeper
     lander: Lander
+    area: LandingArea
 
     @property
     def num_pulled_bytes(self) -> float:
@@ -404,14 +405,13 @@ async def decode_worker(
             release_timeout_s=release_timeout_s,
         )
         staging = parts["staging"]
+        area = LandingArea(offset=staging.landing_offset, num_bytes=staging.landing_num_bytes)
         lander = Lander(
             engine=parts["engine"],
             cache=parts["cache"],
             fetcher=Fetcher(
                 cache=parts["cache"],
-                area=LandingArea(
-                    offset=staging.landing_offset, num_bytes=staging.landing_num_bytes
-                ),
+                area=area,
                 speeds=speeds,
                 metrics=parts["metrics"],
                 clock=MonotonicClock(),
@@ -438,7 +438,7 @@ async def decode_worker(
                 epoch=parts["epoch"],
             )
             made["bridge"].connect(service.take_step)
-            bench = DecodeBench(service=service, keeper=keeper, lander=lander, **parts)
+            bench = DecodeBench(service=service, keeper=keeper, lander=lander, area=area, **parts)
             services = [
                 Service(
                     decode_pb2_grpc.add_DecodeServiceServicer_to_server,
