@@ -47,7 +47,7 @@ test-fast: $(SETUP) $(NATIVE) ## The tests that start no processes
 chaos: pull ## Only the tests that kill, stop or starve workers, longer than `make test` does
 	CHAOS_FULL=1 $(PYTEST) -m chaos
 
-fuzz-handoff: $(SETUP) ## 10 000 damaged handoffs and 100 000 clean ones, some ten minutes; FUZZ=--help
+fuzz-handoff: $(SETUP) ## 10 000 damaged handoffs and 100 000 clean ones, five to ten minutes; FUZZ=--help
 	$(BIN)/python -m tests.chaos.fuzz_handoff $(FUZZ)
 
 bench-peers: pull ## kvrelay beside vLLM and llama.cpp on the same work, half an hour; PEERS=--help

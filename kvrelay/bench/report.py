@@ -4,6 +4,7 @@ Pure. Words are rows of text for any kind of table; JSON holds every number that
 and no prompt.
 """
 
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 from kvrelay.bench.base import Record, Served
 from kvrelay.bench.plan import Plan, Run
 from kvrelay.bench.stats import Handoffs, Summary, Targets, Totals
+
+FACT_CHARS = 96
+"""Most of a line that has no table's width."""
 
 FORMAT = 1
 """Grows when a reader of older JSON would misunderstand newer."""
@@ -112,7 +116,8 @@ def _handoff_facts(handoffs: Handoffs | None) -> list[str]:
     early = "" if share is None else f", {share:.0%} of it while prefilling"
     stages = ", ".join(f"{name} {duration(s.p50)}" for name, s in handoffs.stages.items())
     moved = f"handoffs by transport: {ways}; {handoffs.num_bytes / 1e6:.1f} MB of KV moved{early}"
-    return [moved, f"gap 1 by stage, p50: {stages}"] if stages else [moved]
+    told = textwrap.wrap(f"gap 1 by stage, p50: {stages}", FACT_CHARS, subsequent_indent="  ")
+    return [moved, *told] if stages else [moved]
 
 
 def targets_text(targets: Targets) -> str:

@@ -12,7 +12,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -38,8 +38,9 @@ from kvrelay.transfer.cuda_runtime import (
     process_token,
 )
 from kvrelay.transfer.host import host_identity
+from kvrelay.transfer.refusals import Refusals
 from kvrelay.transfer.runs import runs_of
-from kvrelay.transfer.shm_map import PeerMemories
+from kvrelay.transfer.shm_map import PeerMemories, PeerMemory
 from kvrelay.transfer.shm_serve import DescriptorServer
 from kvrelay.transfer.side_thread import SideThread, ended, raise_if_cancelled
 from kvrelay.types import TransportOffer
@@ -77,7 +78,8 @@ class CudaIpcTransport:
         self._host = host_identity()
         self._registered: _Registered | None = None
         self._stops: set[threading.Event] = set()
-        self._mapping: set[asyncio.Task[None]] = set()
+        self._mapping: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._refusals = Refusals()
         self._is_closed = False
 
     def register(self, cache: KvCache) -> None:
@@ -112,7 +114,9 @@ class CudaIpcTransport:
             stream=stream,
             server=self._served(page),
             peers=PeerMemories(
-                max_peers=self._max_peers, connect_timeout_s=self._connect_timeout_s
+                max_peers=self._max_peers,
+                connect_timeout_s=self._connect_timeout_s,
+                clock=self._clock,
             ),
             devices=PeerDevices(self._cuda, thread, map_timeout_s=self._connect_timeout_s),
             thread=thread,
@@ -132,23 +136,26 @@ class CudaIpcTransport:
         self._cuda.record(self._here.written.event, stream)
 
     def prepare(self, remote: RemoteHold) -> bool:
-        """Always. The holder's memory is mapped meanwhile, and a pull waits for that."""
-        here = self._here
-        if here.peers.known(remote) is None:
-            mapping = asyncio.create_task(self._map(here, remote))
-            self._mapping.add(mapping)
-            mapping.add_done_callback(self._mapping.discard)
-        return True
+        """Unless the holder's memory could not be mapped lately. It is mapped meanwhile, and a
+        pull waits for that.
+        """
+        here, peer = self._here, (remote.worker_id, remote.epoch)
+        page = here.peers.known(remote)
+        is_mapped = page is not None and here.devices.has(page)
+        is_refused = self._refusals.has(remote)
+        shall_try = self._refusals.shall_try(remote, self._clock.now())
+        if (is_refused or not is_mapped) and shall_try and peer not in self._mapping:
+            mapping = self._mapping[peer] = asyncio.create_task(self._try(here, remote))
+            mapping.add_done_callback(lambda _: self._mapping.pop(peer))
+        return not is_refused
 
     async def pull(self, remote: RemoteHold, copies: Sequence[BlockCopy]) -> PullStats:
-        """Also raises `Incompatible` where this device cannot reach the holder's memory. Whether
-        the hold lasted is left to `Release`.
-        """
+        """Whether the hold lasted is left to `Release`."""
         here = self._here
         assert all(0 <= copy.target_offset <= here.num_bytes - copy.num_bytes for copy in copies)
         started = self._clock.now()
-        async with here.peers.use(remote) as page:
-            source = await here.devices.of(page, remote)
+        async with AsyncExitStack() as used:
+            page, source = await self._map(here, remote, used)
             check_sources(source, copies, remote)
             is_whole = await self._copy(source, copies, remote)
             if not is_whole or not page.is_alive():
@@ -168,7 +175,7 @@ class CudaIpcTransport:
         here, self._registered = self._registered, None
         if here is None:
             return
-        for mapping in self._mapping:
+        for mapping in self._mapping.values():
             mapping.cancel()
         for stop in self._stops:
             stop.set()
@@ -204,10 +211,23 @@ class CudaIpcTransport:
         finally:
             os.close(fd)  # the server has its own
 
-    async def _map(self, here: "_Registered", remote: RemoteHold) -> None:
+    async def _try(self, here: "_Registered", remote: RemoteHold) -> None:
         with suppress(ServingError):  # whoever pulls meets it, too
-            async with here.peers.use(remote) as page:
-                await here.devices.of(page, remote)
+            async with AsyncExitStack() as used:
+                await self._map(here, remote, used)
+
+    async def _map(
+        self, here: "_Registered", remote: RemoteHold, used: AsyncExitStack
+    ) -> tuple[PeerMemory, MappedDevice]:
+        """The holder's page and memory, until `used` ends."""
+        try:
+            page = await used.enter_async_context(here.peers.use(remote))
+            source = await here.devices.of(page, remote)
+        except PeerUnavailable:
+            self._refusals.refused(remote, self._clock.now())
+            raise
+        self._refusals.reached(remote)
+        return page, source
 
     async def _copy(
         self, source: MappedDevice, copies: Sequence[BlockCopy], remote: RemoteHold

@@ -40,16 +40,19 @@ class PeerDevices:
         """The memory that `page` describes, usable until the page is closed.
 
         Raises:
-            Incompatible: this device cannot reach it, or it is our own process's.
+            Incompatible: it is our own process's.
             KvCorrupt: the page makes no sense.
-            PeerUnavailable: mapping took too long.
+            PeerUnavailable: this device cannot reach it, or mapping took too long.
         """
-        mapping = self._mappings.get(page) or self._begin(page)
+        mapping = self._mappings.get(page)
+        if mapping is None or _has_failed(mapping):
+            mapping = self._begin(page)
         try:
             async with asyncio.timeout(self._map_timeout_s):
                 return await asyncio.shield(mapping)
         except DeviceFailed as error:
-            raise Incompatible(
+            # Not for ever, and not for other transports.
+            raise PeerUnavailable(
                 f"the device memory of {remote.worker_id} cannot be mapped: {error}"
             ) from error
         except TimeoutError:
@@ -57,6 +60,11 @@ class PeerDevices:
                 f"mapping the device memory of {remote.worker_id} took more than "
                 f"{self._map_timeout_s} s"
             ) from None
+
+    def has(self, page: PeerMemory) -> bool:
+        """Whether the memory that `page` describes is mapped, or being mapped."""
+        mapping = self._mappings.get(page)
+        return mapping is not None and not _has_failed(mapping)
 
     def close(self) -> None:
         """Unmap all, after the copies that were asked for."""
@@ -69,9 +77,9 @@ class PeerDevices:
         said = cuda_ipc_page.decode(bytes(page.bytes))
         if said.process == self._cuda.process_token():
             raise Incompatible("cuda_ipc does not work within one process")
-        mapping = self._thread.call(partial(self._map, page, said))
-        self._mappings[page] = mapping
-        page.closing.callback(self._end, page)
+        if page not in self._mappings:
+            page.closing.callback(self._end, page)
+        mapping = self._mappings[page] = self._thread.call(partial(self._map, page, said))
         return mapping
 
     def _end(self, page: PeerMemory) -> None:
@@ -103,3 +111,7 @@ class PeerDevices:
             self._cuda.close_event(mapped.written)
         with suppress(DeviceFailed):
             self._cuda.unmap_memory(mapped.allocation)
+
+
+def _has_failed(mapping: "asyncio.Future[MappedDevice]") -> bool:
+    return mapping.done() and (mapping.cancelled() or mapping.exception() is not None)

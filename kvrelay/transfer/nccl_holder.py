@@ -142,6 +142,8 @@ class NcclHolder:
             if isinstance(error, QuiescenceLost):
                 self._on_lost(error)
             return
+        if self._links.get(link_id) is not held:
+            return  # it was closed just now, before we heard
         self._table.joined(link_id)
         log.info("nccl.joined", puller=held.puller_id, num_links=self._table.num_links)
 

@@ -79,6 +79,7 @@ class ShmTransport:
             peers=PeerMemories(
                 max_peers=self._max_peers,
                 connect_timeout_s=self._connect_timeout_s,
+                clock=self._clock,
             ),
             executor=ThreadPoolExecutor(1, thread_name_prefix="kv-shm-copy"),
         )
@@ -90,9 +91,10 @@ class ShmTransport:
         return offer.name == self.name and offer.host == self._host
 
     def prepare(self, remote: RemoteHold) -> bool:
-        """Always. The holder's memory is mapped meanwhile, and a pull waits for that."""
-        self._here.peers.prepare(remote)
-        return True
+        """Unless the holder's memory could not be mapped lately. It is mapped meanwhile, and a
+        pull waits for that.
+        """
+        return self._here.peers.prepare(remote)
 
     async def pull(self, remote: RemoteHold, copies: Sequence[BlockCopy]) -> PullStats:
         """Whether the hold lasted is left to `Release`."""

@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
+from kvrelay.clock import Clock
 from kvrelay.errors import HandoffLost, KvCorrupt, PeerUnavailable
 from kvrelay.transfer import manifest
 from kvrelay.transfer.base import RemoteHold
+from kvrelay.transfer.refusals import Refusals
 from kvrelay.transfer.shm_serve import ADDRESS_PREFIX, peer_uid
 from kvrelay.transfer.side_thread import ended, raise_if_cancelled
 
@@ -102,24 +104,43 @@ class PeerMemories:
     A memory in use is never unmapped: it is retired, and its last user closes it.
     """
 
-    def __init__(self, *, max_peers: int, connect_timeout_s: float) -> None:
+    def __init__(self, *, max_peers: int, connect_timeout_s: float, clock: Clock) -> None:
+        self._clock = clock
+        self._refusals = Refusals()
         self._max_peers = max_peers
         self._connect_timeout_s = connect_timeout_s
         self._memories: OrderedDict[tuple[str, str], PeerMemory] = OrderedDict()
         self._opening: dict[tuple[str, str], asyncio.Task[PeerMemory]] = {}
         self._is_closed = False
 
-    def prepare(self, remote: RemoteHold) -> None:
-        """Begin to map the memory of `remote`'s holder, unless it is mapped; `use` waits for it."""
-        key = (remote.worker_id, remote.epoch)
-        if self._find(remote) is None and key not in self._opening:
-            opening = self._opening[key] = asyncio.create_task(self._open(remote))
-            opening.add_done_callback(lambda done: self._opened(key, done))
+    def prepare(self, remote: RemoteHold) -> bool:
+        """Begin to map the memory of `remote`'s holder, unless it is mapped; `use` waits for it.
 
-    def _opened(self, key: tuple[str, str], opening: "asyncio.Task[PeerMemory]") -> None:
-        del self._opening[key]
-        if not opening.cancelled():
-            opening.exception()  # seen: whoever pulls meets it
+        Returns:
+            Whether that is likely to work: not where it did not the last time, such as with a
+            holder that has all the peers it can have. That is tried again after a while.
+        """
+        if self._find(remote) is None and self._refusals.shall_try(remote, self._clock.now()):
+            self._begin(remote)
+        return not self._refusals.has(remote)
+
+    def _begin(self, remote: RemoteHold) -> "asyncio.Task[PeerMemory]":
+        key = (remote.worker_id, remote.epoch)
+        opening = self._opening.get(key)
+        if opening is None:
+            opening = self._opening[key] = asyncio.create_task(self._open(remote))
+            opening.add_done_callback(lambda done: self._opened(remote, done))
+        return opening
+
+    def _opened(self, remote: RemoteHold, opening: "asyncio.Task[PeerMemory]") -> None:
+        del self._opening[(remote.worker_id, remote.epoch)]
+        if opening.cancelled():
+            return
+        error = opening.exception()  # whoever pulls meets it
+        if error is None:
+            self._refusals.reached(remote)
+        elif isinstance(error, PeerUnavailable):
+            self._refusals.refused(remote, self._clock.now())
 
     def known(self, remote: RemoteHold) -> PeerMemory | None:
         """The memory of `remote`'s holder, if it is mapped and the holder lives."""
@@ -136,8 +157,7 @@ class PeerMemories:
         """
         memory = self._find(remote)
         while memory is None:
-            self.prepare(remote)
-            opening = self._opening[(remote.worker_id, remote.epoch)]
+            opening = self._begin(remote)
             await asyncio.wait([opening])  # whoever is cancelled here leaves it to the others
             if opening.cancelled():
                 raise PeerUnavailable("the shm transport was closed meanwhile")

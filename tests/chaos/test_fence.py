@@ -32,7 +32,7 @@ MAX_TOKENS = 6
 
 
 class Lapsing:
-    """As `inner`, but once all bytes of the first pull have landed, and the holder has said its
+    """As `inner`, but once all bytes of the first handoff have landed, and the holder has said its
     last word, its hold lapses; its blocks go to somebody else."""
 
     def __init__(self, inner: KvTransport) -> None:
@@ -45,12 +45,12 @@ class Lapsing:
 
     async def pull(self, remote: RemoteHold, copies: Sequence[BlockCopy]) -> PullStats:
         stats = await self._inner.pull(remote, copies)
-        if not self.has_lapsed:
-            assert self.holder is not None
+        assert self.holder is not None
+        keeper = self.holder.keeper
+        hold = keeper.holds.alive(remote.handoff_id)
+        assert hold is not None
+        if not self.has_lapsed and copies[-1].index == hold.num_blocks - 1:
             self.has_lapsed = True
-            keeper = self.holder.keeper
-            hold = keeper.holds.alive(remote.handoff_id)
-            assert hold is not None
             await until(lambda: keeper._kept[hold].last_word is not None)
             for _ in range(20):  # what was said arrives, in this process, within a few turns
                 await asyncio.sleep(0.005)

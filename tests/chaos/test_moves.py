@@ -23,6 +23,11 @@ from tests.support.prompts import prompts
 
 pytestmark = [pytest.mark.chaos, pytest.mark.realmodel, pytest.mark.timeout(300)]
 
+ONLY_IN_FULL = pytest.mark.skipif(
+    not os.environ.get("CHAOS_FULL"),
+    reason="with CHAOS_FULL, as `make chaos` has it; test_move_matrix.py has it in one process",
+)
+
 ALWAYS = ("--disaggregate", "always")
 NUM_STREAMS = 16
 MAX_TOKENS = 192
@@ -119,6 +124,7 @@ async def test_a_draining_worker_hands_sixteen_streams_over(real_model, tmp_path
         await on.it.until_restarted(on.source, old_pid=pid)
 
 
+@ONLY_IN_FULL
 @pytest.mark.parametrize("victim", ["source", "target"])
 async def test_either_side_of_a_move_may_die(real_model, tmp_path, victim):
     """
@@ -136,6 +142,7 @@ async def test_either_side_of_a_move_may_die(real_model, tmp_path, victim):
         await on.it.until_restarted(killed, old_pid=pids[killed])
 
 
+@ONLY_IN_FULL
 async def test_a_crowded_worker_is_relieved(real_model, tmp_path, monkeypatch):
     """
     Half of the streams wait for a place in its step while the other worker has all of its own:

@@ -11,6 +11,8 @@ from kvrelay.errors import Incompatible, KvCorrupt, PeerUnavailable, QuiescenceL
 from kvrelay.kv.device_cache import DeviceCache
 from kvrelay.transfer.base import BlockCopy
 from kvrelay.transfer.cuda_ipc import CudaIpcTransport, CupyCuda
+from kvrelay.transfer.refusals import RETRY_S
+from tests.support.clock import ManualClock
 from tests.support.device_peer import HASTY, SHORT, SMALL, World, copies_of, open_device_peer
 from tests.support.scripted_cuda import ScriptedCuda
 
@@ -54,7 +56,7 @@ async def test_preparing_maps_before_anybody_waits():
         puller.cuda.maps.set()
         puller.cuda.is_reachable = False
         assert puller.transport.prepare(other.hold())
-        with pytest.raises(Incompatible):
+        with pytest.raises(PeerUnavailable):
             await puller.transport.pull(other.hold(), copies_of([(0, 0)]))
         assert puller.transport.prepare(holder.hold())  # and closes meanwhile
 
@@ -123,15 +125,59 @@ async def test_memory_that_cannot_be_exported_is_refused_with_the_likely_reason(
     await transport.close()
 
 
-async def test_a_device_out_of_reach_is_incompatible():
+async def test_a_device_out_of_reach_is_unavailable():
     """Every time, and nothing stays mapped."""
     world = World()
     async with open_peer(world, "prefill-0") as holder, open_peer(world, "decode-0") as puller:
         puller.cuda.is_reachable = False
         for _ in range(2):
-            with pytest.raises(Incompatible, match="cannot be mapped"):
+            with pytest.raises(PeerUnavailable, match="cannot be mapped"):
                 await puller.transport.pull(holder.hold(), copies_of([(0, 0)]))
         assert world.machine.mapped == []
+
+
+async def test_a_device_out_of_reach_leaves_pulls_to_other_transports():
+    """But for the first; it is tried again after a while, and nobody waits for that."""
+    world, clock = World(), ManualClock()
+    async with (
+        open_peer(world, "prefill-0") as holder,
+        open_peer(world, "prefill-1") as other,
+        open_peer(world, "decode-0", seed=2, clock=clock) as puller,
+    ):
+        puller.cuda.is_reachable = False
+        prepare = puller.transport.prepare
+        with pytest.raises(PeerUnavailable):
+            await puller.transport.pull(holder.hold(), copies_of([(0, 0)]))
+        puller.cuda.is_reachable = True
+        clock.advance(0.9 * RETRY_S)
+        assert not prepare(holder.hold())
+        assert prepare(other.hold())
+        assert prepare(holder.hold(epoch="another"))
+        clock.advance(0.1 * RETRY_S)
+        assert not prepare(holder.hold())
+        async with asyncio.timeout(5):
+            while not prepare(holder.hold()):  # noqa: ASYNC110 - it is tried by nobody's wish
+                await asyncio.sleep(0.001)
+        await puller.transport.pull(holder.hold(), copies_of([(0, 0)]))
+        assert puller.block(0) == holder.block(0)
+
+
+async def test_a_mapping_that_came_too_late_is_used_all_the_same():
+    """Once it was given up it is there when it is tried again."""
+    world, clock = World(), ManualClock()
+    async with (
+        open_peer(world, "prefill-0") as holder,
+        open_peer(world, "decode-0", limits=HASTY, clock=clock) as puller,
+    ):
+        puller.cuda.maps.clear()
+        with pytest.raises(PeerUnavailable, match="mapping"):
+            await puller.transport.pull(holder.hold(), copies_of([(0, 0)]))
+        puller.cuda.maps.set()
+        clock.advance(RETRY_S)
+        async with asyncio.timeout(5):
+            while not puller.transport.prepare(holder.hold()):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        assert len(world.machine.mapped) == 1
 
 
 async def test_a_mapping_that_takes_too_long_is_given_up():

@@ -1,6 +1,7 @@
 """What `nccl` does beside what all transports do: links, their order, and every way to lose one."""
 
 import asyncio
+import gc
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from kvrelay.errors import (
 )
 from kvrelay.transfer.nccl import CupyNccl
 from kvrelay.transfer.nccl_holder import link_id_of
+from kvrelay.transfer.nccl_link import PULLER_RANK, NcclLink
 from tests.support.clock import ManualClock
 from tests.support.device_peer import HASTY, SHORT, DevicePeer, World, copies_of, open_device_peer
 
@@ -134,6 +136,29 @@ async def test_opening_twice_is_opening_once():
         await holder.nccl_transport.holder.open_link(puller_id="decode-0", unique_id=unique_id)
         await puller.transport.pull(holder.hold(), copies_of([(0, 0)]))
         assert holder.nccl_transport.holder.num_links == 1
+
+
+async def test_a_link_that_is_forgotten_as_it_opens_leaves_nothing(monkeypatch):
+    """Its join has ended, and in the same turn of the loop its puller leaves."""
+    world = World()
+    async with open_peer(world, "prefill-0") as holder, open_peer(world, "decode-0") as puller:
+        served, opened = holder.nccl_transport.holder, NcclLink.open
+
+        async def open_and_forget(link: NcclLink, unique_id: bytes) -> None:
+            await opened(link, unique_id)
+            served.forget("decode-0")
+
+        monkeypatch.setattr(NcclLink, "open", open_and_forget)
+        problems: list[dict] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: problems.append(what))
+        unique_id = puller.nccl.unique_id()
+        await served.open_link(puller_id="decode-0", unique_id=unique_id)
+        await asyncio.to_thread(puller.nccl.join, unique_id, rank=PULLER_RANK)
+        await until(lambda: holder.nccl.num_aborted == 1)
+        await served.close()
+        gc.collect()  # tasks that nobody asked how they ended
+        assert served.num_links == 0
+        assert problems == []
 
 
 async def test_a_malformed_id_is_refused():

@@ -31,6 +31,7 @@ def examples():
         errors.PeerUnavailable("decode-0 went away", worker_id="decode-0"),
         errors.Draining("draining"),
         errors.HandoffLost("hold abc lapsed", handoff_id="abc"),
+        errors.QuiescenceLost("nixl: still reading from prefill-0 after 30 s", waited_s=30),
         errors.KvCorrupt("block 3 of 9 differs", index=3, num_blocks=9),
         errors.Incompatible("numerics: a != b", numerics="cpu-bfloat16-v1 != cpu-float32-v1"),
         errors.DeadlinePassed("queued"),

@@ -8,6 +8,7 @@ import pytest
 
 from kvrelay.errors import ServingError
 from kvrelay.rpc.status import from_grpc
+from kvrelay.v1 import decode_pb2
 from tests.support.builders import prompt
 from tests.support.scripted_model import StepGate, expected_tokens
 from tests.support.workers import (
@@ -185,6 +186,21 @@ async def test_a_bad_submit_fails_by_field_and_the_session_goes_on(changes, fiel
 
     assert failure.reason == "INVALID_REQUEST"
     assert failure.details["field"] == field
+
+
+@pytest.mark.parametrize(
+    "changes", [{"puller_id": ""}, {"puller_id": "a" * 65}, {"handoff_id": "x"}]
+)
+async def test_a_bad_order_to_hand_over_ends_the_session(changes):
+    """Only a coordinator that is none says so, and there is no attempt to answer for."""
+    order = {"request_id": new_id(), "attempt": 1, "handoff_id": new_id(), "puller_id": "right"}
+    async with decode_worker() as bench, decode_session(bench) as session:
+        message = decode_pb2.HandOver(**{**order, **changes})
+        await session.call.write(decode_pb2.DecodeRequest(hand_over=message))
+        code, error = await refusal(session.read())
+
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details["field"] == f"hand_over.{next(iter(changes))}"
 
 
 async def test_a_request_larger_than_the_pool_is_refused_at_once():

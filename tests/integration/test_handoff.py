@@ -160,6 +160,24 @@ async def test_bytes_move_while_the_holder_computes_on():
     assert outputs[0].handoff.overlapped_num_bytes >= early
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_most_bytes_of_a_long_prompt_have_landed_when_its_prefill_ends(transport):
+    """Of four chunks at least 70 % of the bytes, and the ledger says so."""
+    gate = StepGate()
+    async with pair(holder={"gate": gate}) as both:
+        request_id, _ = await both.submit_both(prompt(4 * CHUNK_TOKENS), transport)
+        for _ in range(3):
+            gate.let_one_pass()
+        early = 3 * CHUNK_TOKENS // BLOCK_SIZE * LAYOUT.block_num_bytes
+        await until(lambda: both.puller.num_pulled_bytes == early)
+        gate.open()
+        outputs = await both.decodes.outputs(request_id)
+
+    timing = outputs[0].handoff
+    assert timing.num_bytes == 4 * CHUNK_TOKENS // BLOCK_SIZE * LAYOUT.block_num_bytes
+    assert 0.7 <= timing.overlapped_num_bytes / timing.num_bytes <= 1.0
+
+
 async def test_the_puller_reserves_nothing_before_there_are_bytes():
     """While the holder has not finished a block, the puller's pool is untouched."""
     gate = StepGate()

@@ -21,10 +21,12 @@ from kvrelay.clock import MonotonicClock
 from kvrelay.errors import HandoffLost, KvCorrupt, PeerUnavailable
 from kvrelay.transfer import manifest
 from kvrelay.transfer.base import BlockCopy, BlockGeneration, RemoteHold
+from kvrelay.transfer.refusals import RETRY_S
 from kvrelay.transfer.runs import Run, runs_of
 from kvrelay.transfer.shm import ShmTransport
 from kvrelay.transfer.shm_serve import ADDRESS_PREFIX, DescriptorServer
 from kvrelay.types import BlockId, TransportOffer
+from tests.support.clock import ManualClock
 from tests.support.kv_peer import HANDOFF, SMALL, copies_of, open_peer
 
 GOOD = manifest.MemoryManifest(
@@ -228,6 +230,36 @@ async def test_a_holder_turns_away_more_peers_than_it_has_room_for():
         with pytest.raises(PeerUnavailable):
             await second.transport.pull(holder.hold(), copies_of([(0, 0)]))
         await first.transport.pull(holder.hold(), copies_of([(0, 0)]))
+
+
+async def test_who_was_turned_away_leaves_pulls_to_other_transports():
+    """For a while; then it is tried again, and nobody waits for that."""
+    clock = ManualClock()
+    holder_transport = ShmTransport(
+        worker_id="prefill-0", epoch="e1", clock=MonotonicClock(), max_peers=1
+    )
+    second_transport = ShmTransport(worker_id="d2", epoch="e", clock=clock)
+    async with (
+        open_peer("shm", transport=holder_transport) as holder,
+        open_peer("shm", transport=second_transport) as second,
+        open_peer("shm", worker_id="prefill-1") as other,
+    ):
+        async with open_peer("shm", worker_id="d1") as first:
+            await first.transport.pull(holder.hold(), copies_of([(0, 0)]))
+            assert second.transport.prepare(holder.hold())
+            with pytest.raises(PeerUnavailable):
+                await second.transport.pull(holder.hold(), copies_of([(0, 0)]))
+            assert not second.transport.prepare(holder.hold())
+            assert second.transport.prepare(other.hold())
+        clock.advance(0.9 * RETRY_S)
+        assert not second.transport.prepare(holder.hold())
+        clock.advance(0.1 * RETRY_S)
+        async with asyncio.timeout(5):
+            while not second.transport.prepare(holder.hold()):
+                await asyncio.sleep(0.001)
+                clock.advance(RETRY_S)
+        await second.transport.pull(holder.hold(), copies_of([(0, 0)]))
+        assert second.block(0) == holder.block(0)
 
 
 @given(
