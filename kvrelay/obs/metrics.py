@@ -171,7 +171,7 @@ class WorkerMetrics:
         ).labels(**label)
         self.waiting_handoffs = new.gauge(
             "engine_waiting_handoffs",
-            "Prefill: finished holds that were not released. Decode: handoffs that wait for blocks.",
+            "Prefill: finished holds not released. Decode: handoffs that wait for blocks.",
             "role",
         ).labels(**label)
         self.grant_wait = new.histogram(
@@ -305,7 +305,7 @@ _WORKER_GAUGES: tuple[tuple[str, str, Callable[[WorkerIdentity, WorkerLoad], flo
     ),
     (
         "worker_waiting_handoffs",
-        "Prefill: finished holds that were not released. Decode: handoffs that wait for blocks.",
+        "Prefill: finished holds not released. Decode: handoffs that wait for blocks.",
         lambda _, load: load.waiting_handoffs,
     ),
     (

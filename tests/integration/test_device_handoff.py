@@ -235,6 +235,8 @@ async def test_a_sequence_moves_from_device_to_device_with_all_that_it_has_gener
 class SlowCache(KvCache):
     """Copies blocks to its device for as long as it is told to."""
 
+    has_device = True
+
     def __init__(self) -> None:
         super().__init__(workers.LAYOUT, 64, shareable=True)
         self.has_begun, self.may_end = threading.Event(), threading.Event()

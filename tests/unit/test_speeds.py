@@ -142,3 +142,16 @@ def test_a_figure_is_never_outside_what_was_seen(pulls):
     figure = figures(speeds)["p0", "shm"]
 
     assert min(each) * (1 - 1e-9) <= figure <= max(each) * (1 + 1e-9)
+
+
+def test_a_way_that_does_not_work_is_worth_nothing_until_that_is_forgotten():
+    """At once, whatever was measured before; then it gets another chance."""
+    links = LinkSpeeds(forget_after_s=60.0)
+    for _ in range(MIN_PULLS):
+        links.observe("p", "nixl", num_bytes=MIN_NUM_BYTES, elapsed_s=0.001, now_s=0.0)
+
+    links.failed("p", "nixl", 1.0)
+
+    (link,) = links.speeds(2.0)
+    assert (link.holder_id, link.transport, link.bytes_per_s) == ("p", "nixl", 1.0)
+    assert links.speeds(61.0) == ()
