@@ -290,6 +290,12 @@ class Holds:
         """Whether a hold of that name is alive, or ended and is remembered."""
         return handoff_id in self._ended or self.alive(handoff_id) is not None
 
+    def require_not_over(self, handoff_id: str) -> None:
+        """Raises HandoffLost if a hold of that name is known to have ended."""
+        ended = self._ended.get(handoff_id)
+        if ended is not None:
+            ended.require_alive()
+
     def alive(self, handoff_id: str) -> Hold | None:
         """The hold, if it was begun and has not ended."""
         hold = self._holds.get(handoff_id)

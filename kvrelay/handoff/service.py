@@ -108,7 +108,7 @@ class HandoffServicer(handoff_pb2_grpc.HandoffServiceServicer):
         self, request: handoff_pb2.OpenLinkRequest, context: Context
     ) -> handoff_pb2.OpenLinkResponse:
         handoff_id = self._admitted(request)
-        self._keeper.holds.find(handoff_id, request.puller_id)
+        self._keeper.holds.require_not_over(handoff_id)  # it may not have begun
         unique_id = convert.unique_id_from_wire(request.unique_id)
         await self._sending.open_link(puller_id=request.puller_id, unique_id=unique_id)
         return handoff_pb2.OpenLinkResponse(header=self._header)
