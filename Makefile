@@ -39,7 +39,7 @@ demo: pull ## Start the three services, answer one question, show where the time
 	$(BIN)/kvrelay demo --model $(MODEL)
 
 test: pull ## All tests that need no GPU
-	$(PYTEST)
+	tests/run.sh $(PYTEST)
 
 test-fast: $(SETUP) $(NATIVE) ## The tests that start no processes
 	$(PYTEST) tests/unit tests/contract -m 'not e2e and not realmodel'

@@ -91,8 +91,8 @@ class HandoffServiceStub:
     """Makes the holder join a communicator of two ranks as rank 0. Used by the `nccl` transport,
     while another one serves the hold that it is asked for. The link outlives that hold.
 
-    Errors: as `Read`, so it wants a hold that stands; FAILED_PRECONDITION from a worker without
-    that transport; RESOURCE_EXHAUSTED if all its links are in use; INVALID_ARGUMENT for a
+    Errors: NOT_FOUND if the hold is known to have ended; FAILED_PRECONDITION if the epoch differs,
+    and from a worker without that transport; PERMISSION_DENIED for a ticket that is not genuine; RESOURCE_EXHAUSTED if all its links are in use; INVALID_ARGUMENT for a
     `unique_id` that is none.
     """
     Send: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.SendRequest, _handoff_pb2.SendResponse]
@@ -166,8 +166,8 @@ class HandoffServiceAsyncStub(HandoffServiceStub):
     """Makes the holder join a communicator of two ranks as rank 0. Used by the `nccl` transport,
     while another one serves the hold that it is asked for. The link outlives that hold.
 
-    Errors: as `Read`, so it wants a hold that stands; FAILED_PRECONDITION from a worker without
-    that transport; RESOURCE_EXHAUSTED if all its links are in use; INVALID_ARGUMENT for a
+    Errors: NOT_FOUND if the hold is known to have ended; FAILED_PRECONDITION if the epoch differs,
+    and from a worker without that transport; PERMISSION_DENIED for a ticket that is not genuine; RESOURCE_EXHAUSTED if all its links are in use; INVALID_ARGUMENT for a
     `unique_id` that is none.
     """
     Send: _aio.UnaryUnaryMultiCallable[_handoff_pb2.SendRequest, _handoff_pb2.SendResponse]  # type: ignore[assignment]
@@ -268,8 +268,8 @@ class HandoffServiceServicer(metaclass=_abc_1.ABCMeta):
         """Makes the holder join a communicator of two ranks as rank 0. Used by the `nccl` transport,
         while another one serves the hold that it is asked for. The link outlives that hold.
 
-        Errors: as `Read`, so it wants a hold that stands; FAILED_PRECONDITION from a worker without
-        that transport; RESOURCE_EXHAUSTED if all its links are in use; INVALID_ARGUMENT for a
+        Errors: NOT_FOUND if the hold is known to have ended; FAILED_PRECONDITION if the epoch differs,
+        and from a worker without that transport; PERMISSION_DENIED for a ticket that is not genuine; RESOURCE_EXHAUSTED if all its links are in use; INVALID_ARGUMENT for a
         `unique_id` that is none.
         """
 
