@@ -6,7 +6,9 @@
 set -u
 cd "$(dirname "$0")/.."
 said=$(mktemp)
-trap 'kill "$quick" 2>/dev/null; rm -f "$said"' EXIT
+quick=
+trap 'test -z "$quick" || kill "$quick" 2>/dev/null; rm -f "$said"' EXIT
+trap 'exit 130' INT TERM
 
 echo "tests/unit and tests/contract run beside these; what they say comes at the end"
 nice -n 10 "$@" tests/unit tests/contract >"$said" 2>&1 &
@@ -15,6 +17,7 @@ quick=$!
 slow_status=$?
 wait "$quick"
 quick_status=$?
+quick=
 echo "tests/unit and tests/contract:"
 cat "$said"
 [ "$slow_status" -eq 0 ] && [ "$quick_status" -eq 0 ]
