@@ -92,6 +92,9 @@ class Lost:
     is_reported: bool = False
     """The worker lives and says so itself, perhaps of a peer."""
 
+    is_orderly: bool = False
+    """The worker drained and left, for which it first ends what it has, or gives it up in time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moved:

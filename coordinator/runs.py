@@ -62,6 +62,9 @@ class Run:
     """If it goes on from another attempt."""
 
     number: int = field(init=False)
+    is_prefilled: bool = False
+    """Whether its prefill worker has done its part, but for the KV's release."""
+
     is_over: bool = False
     """Whether its decode worker has forgotten it, so that nobody need tell it to."""
 

@@ -292,6 +292,7 @@ class Session:
     def _note(self, news: Said, run: Run) -> None:
         """Keep the books: the phase, the load we count on workers, the ledger."""
         if isinstance(news, FirstToken):
+            run.is_prefilled = True
             self._pool.prefilled(run.work, run.placement)
             if not run.work.emitted_ids:
                 self._note_prefill(news)
@@ -344,6 +345,8 @@ class Session:
             return  # it was given up before
         if self.phase is Phase.DECODING and news.worker_id != run.decode_worker:
             return  # the holder's part is over: its hold was released
+        if news.is_orderly and run.is_prefilled and news.worker_id != run.decode_worker:
+            return  # it left because its part is over; if not, whoever pulls from it says so
         if self._successor is not None:
             # Had it handed over? The other worker knows, and tells: by a token, or by a loss.
             self._succeed(self._successor)

@@ -64,6 +64,7 @@ class WorkerLink:
         on_open: Callable[[], None],
         on_end: Callable[[], None],
     ) -> None:
+        self._member = member
         self._identity = member.identity
         self._tls = tls
         self._on_stale = on_stale
@@ -157,7 +158,12 @@ class WorkerLink:
             inbox(Moved(attempt=key[1]))
 
     def _lost(self, key: AttemptKey, error: ServingError) -> Lost:
-        return Lost(attempt=key[1], error=error, worker_id=self._identity.worker_id)
+        return Lost(
+            attempt=key[1],
+            error=error,
+            worker_id=self._identity.worker_id,
+            is_orderly=self._member.load.is_draining,
+        )
 
     def end(self, error: ServingError) -> None:
         """Tell everybody who listens. Safe to repeat; the first error stands."""

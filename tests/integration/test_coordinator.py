@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -156,6 +157,37 @@ async def test_a_prefill_worker_lost_before_the_first_token_costs_only_time():
         assert events[-1].ledger.ttft_stages["lost_attempts"] > 0
         first.heard.set()
         other.heard.set()
+
+
+@pytest.mark.parametrize("is_draining", [True, False])
+async def test_a_prefill_worker_that_drained_and_left_has_done_its_part(is_draining):
+    """
+    Its prompt is computed, and whether its KV arrived is for the decode worker to say; one that is
+    simply gone may have taken the KV with it.
+    """
+    p0, p1 = (ScriptedWorker(f"p{i}", Role.PREFILL) for i in range(2))
+    d = ScriptedWorker("d0", Role.DECODE, is_held=True)
+    async with deployment(p0, p1, d) as deployed:
+        async with contextlib.aclosing(deployed.relay.generate(spec())) as events:
+            seen = [await anext(events), await anext(events)]
+            first = p0 if p0.submits else p1
+            first.load = replace(first.load, is_draining=is_draining)
+            (member,) = (m for m in deployed.pool.members() if m.worker_id == first.worker_id)
+            await until(lambda: member.load.is_draining == is_draining)
+            rest = asyncio.create_task(_all(events))
+            await first.vanish()
+            await until(lambda: len(deployed.pool.members()) == 2)
+            d.allow(100)
+            seen += await rest
+
+        assert tokens(seen) == oracle(PROMPT, 6)
+        lost = () if is_draining else ("PEER_UNAVAILABLE",)
+        assert seen[-1].ledger.lost_attempts == lost
+        assert len(d.submits) == 1 + len(lost)
+
+
+async def _all(events) -> list:
+    return [event async for event in events]
 
 
 async def test_a_lapsed_handoff_is_prefilled_again():
