@@ -23,7 +23,7 @@ setup: $(SETUP) $(NATIVE) ## Make .venv with everything in it
 $(SETUP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later on PATH" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	@echo "installing kvrelay and what it needs into $(VENV) (about 1.5 GB with CPU torch; minutes on a slow line)"
+	@echo "installing kvrelay and what it needs into $(VENV) (about 2.4 GB with CPU torch; minutes on a slow line)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 

@@ -161,7 +161,7 @@ def how_to_explain(answer: Answer, address: str) -> str:
     assert answer.finished is not None, "a stream without an end"
     name, tokens = answer.started.request_id, _tokens(answer.finished.usage.completion_tokens)
     at = "" if address == DEFAULT else f" --target {address}"
-    return f"request {name} · {tokens} · kvrelay explain {name}{at}"
+    return f"{tokens} · kvrelay explain {name}{at}"
 
 
 def _tokens(number: int) -> str:

@@ -71,13 +71,17 @@ def _facts(ledger: Ledger) -> list[tuple[str, str]]:
             )
         )
     if ledger.handoff_tax_s is not None:
-        facts.append(("handoff tax", f"{ledger.handoff_tax_s * 1e3:.1f} ms"))
+        # Below nothing where the second token came sooner than the others did in the mean.
+        facts.append(("handoff tax", f"{max(0.0, ledger.handoff_tax_s) * 1e3:.1f} ms"))
     if ledger.move_gaps_s:
         gaps = ", ".join(f"{gap_s * 1e3:.1f} ms" for gap_s in ledger.move_gaps_s)
-        facts.append(("moves", f"{len(ledger.move_gaps_s)}, with gaps of {gaps}"))
+        many = "a gap" if len(ledger.move_gaps_s) == 1 else "gaps"
+        facts.append(("moves", f"{len(ledger.move_gaps_s)}, with {many} of {gaps}"))
     if ledger.lost_attempts:
         lost = ", ".join(ledger.lost_attempts)
         facts.append(("attempts", f"{ledger.attempts}; given up: {lost}"))
+        if ledger.gap1_s > 0 and not ledger.gap1_stages:
+            facts.append(("to token 2", f"{ledger.gap1_s * 1e3:.1f} ms"))
     return facts
 
 

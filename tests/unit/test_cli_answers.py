@@ -69,7 +69,7 @@ def test_the_way_to_the_ledger_can_be_copied():
     """
     answer = Answer(started=STARTED, finished=finished(24))
 
-    assert how_to_explain(answer, DEFAULT) == "request ab · 24 tokens · kvrelay explain ab"
+    assert how_to_explain(answer, DEFAULT) == "24 tokens · kvrelay explain ab"
     assert how_to_explain(answer, "h:1").endswith("kvrelay explain ab --target h:1")
 
 

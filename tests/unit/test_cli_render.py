@@ -64,7 +64,7 @@ def test_everything_that_explains_a_request_is_said():
     """
     text = "\n".join(drawn(LEDGER))
 
-    for part in ("prefill-0 → decode-1", "2.00 MB by shm", "10.0 ms", "gaps of 42.5 ms"):
+    for part in ("prefill-0 → decode-1", "2.00 MB by shm", "10.0 ms", "a gap of 42.5 ms"):
         assert part in text
     assert "PEER_UNAVAILABLE" in text
 
